@@ -1,0 +1,745 @@
+"""Representation autoencoder: frozen encoder, trained ViT decoder (arXiv 2510.11690, section 3).
+
+    from rae import load_rae
+    rae = load_rae("assets/toy_decoder.pt")            # the decoder's file names its encoder
+    z = rae.encode(images)                        # (B, 3, H, W) in [0, 1] -> (B, N, C), mean 0 and variance 1
+    images = rae.decode(z)                             # (B, N, C) -> (B, 3, H, W)
+
+Letters, the same in every file:
+    B batch      N tokens = h w     C latent channels    D width    H W pixels    h w latent grid    p patch
+    t time, 0 data to 1 noise       z latent        x_t = (1 - t) z + t eps    v = eps - z    eps ~ N(0, I)
+    alpha schedule shift            tau the decoder's latent noise
+
+In order: images, the toy world, encoder, decoder, both together, files, and what the two training loops
+share.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+
+
+# ----------------------------------------------------------------------------------------------------- images
+
+def shrink(image, short):
+    """PIL image whose short side becomes `short`: halved by BOX while twice that, then BICUBIC (ADM)."""
+    while min(image.size) >= 2 * short:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = short / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+
+
+def center_crop(pil_image, size):
+    """The centre size x size of a PIL image whose short side became `size`, as ADM does it."""
+    image = shrink(pil_image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(pil_image, size, short, rng):
+    """A size x size crop at a random place of a PIL image whose short side became `short`."""
+    image = shrink(pil_image, short)
+    left, top = rng.integers(image.width - size + 1), rng.integers(image.height - size + 1)
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_uint8(images):
+    """Float images in [0, 1] to uint8 by rounding; the released code truncates, half a grey level darker."""
+    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+class ImageFolder:
+    """Images below a folder. Its folders are the classes, in sorted order; a flat folder is one class.
+
+    Whatever PIL opens becomes RGB (alpha is dropped). An image that cannot be read stops the run with its
+    name: to skip it would silently change which images a step sees. ValueError if the folder is missing or
+    has no images."""
+
+    def __init__(self, root, size, short=None):
+        root = Path(root)
+        if not root.is_dir():
+            raise ValueError(f"{root}: no such folder; --data wants a folder of images")
+        self.files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+        if not self.files:
+            raise ValueError(f"{root}: no images in it ({' '.join(sorted(IMAGE_SUFFIXES))})")
+        folders = [f.relative_to(root).parent.as_posix() for f in self.files]
+        self.classes = sorted(set(folders))
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.labels = np.array([number[f] for f in folders])
+        self.size, self.short = size, short        # short: side before the random crop, None for centre crops
+
+    def __len__(self):
+        return len(self.files)
+
+    def load(self, index, rng):
+        try:
+            image = Image.open(self.files[index]).convert("RGB")
+        except Exception as e:                         # PIL raises half a dozen kinds for broken files
+            raise ValueError(f"{self.files[index]}: not readable as an image ({e}); remove it") from None
+        if self.short is None:
+            image = center_crop(image, self.size)
+        else:
+            image = random_crop(image, self.size, self.short, rng)
+        return np.asarray(image).transpose(2, 0, 1)                                   # (3, H, W) uint8
+
+
+class ToyShapes:
+    """The offline data set: coloured shapes of 10 classes, drawn from another seed for each split."""
+
+    def __init__(self, split="train", size=32):
+        self.images, self.labels = toy_images(*TOY[split], size)
+        self.classes = list(SHAPES)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def load(self, index, rng):
+        return self.images[index]
+
+
+TOY = {"train": (30000, 0), "val": (2000, 1)}           # split: (images, seed)
+
+
+def open_data(data, size, split="train", short=None):
+    """--data as a data set, with classes, labels and load(index, rng) -> (3, H, W) uint8."""
+    if data == "toy":
+        return ToyShapes(split, size)
+    return ImageFolder(data, size, short)
+
+
+# ---------------------------------------------------------------------------------------------- the toy world
+# Signed distances of each shape in units of its radius: x to the right, y down, negative inside. Every shape
+# is its own mirror image, so that a horizontal flip is another picture of the same world.
+
+def box(x, y, w, h):
+    return np.maximum(np.abs(x) - w, np.abs(y) - h)
+
+
+def triangle(x, y):
+    return np.max([x * np.sin(a) - y * np.cos(a) for a in (np.pi / 3, np.pi, 5 * np.pi / 3)], axis=0) - 0.52
+
+
+def star(x, y):
+    """Five points: fold the plane into one tenth of the star, whose border there is one straight line."""
+    sector = 2 * np.pi / 5
+    angle = np.abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
+    tip, notch_x, notch_y = 1.05, 0.42 * np.cos(sector / 2), 0.42 * np.sin(sector / 2)
+    r, normal = np.hypot(x, y), np.hypot(notch_y, tip - notch_x)
+    return ((r * np.cos(angle) - tip) * notch_y + r * np.sin(angle) * (tip - notch_x)) / normal
+
+
+SHAPES = {
+    "disc": lambda x, y: np.hypot(x, y) - 0.9,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.7) - 0.25,
+    "square": lambda x, y: box(x, y, 0.8, 0.8),
+    "triangle": lambda x, y: triangle(x, y - 0.15),
+    "star": star,
+    "cross": lambda x, y: np.minimum(box(x, y, 1, 0.3), box(x, y, 0.3, 1)),
+    "heart": lambda x, y: np.minimum(box((x + y - 0.1) * 0.7071, (x - y + 0.1) * 0.7071, 0.52, 0.52),
+                                     np.hypot(np.abs(x) - 0.368, y + 0.268) - 0.52),
+    "moon": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.75 - np.hypot(x, y + 0.5)),
+    "bar": lambda x, y: box(x, y, 1, 0.3),
+    "hourglass": lambda x, y: np.maximum(np.abs(y) - 0.9, (np.abs(x) - 0.8 * np.abs(y) - 0.1) * 0.78),
+}
+
+
+def hsv_to_rgb(h, s, v):
+    """Arrays (n,) in [0, 1] -> (n, 3, 1, 1)."""
+    k = (np.array([5, 3, 1]) + 6 * h[:, None]) % 6
+    return (v[:, None] * (1 - s[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1)))[:, :, None, None]
+
+
+def toy_images(n, seed, size=32):
+    """n images (n, 3, size, size) uint8 and labels (n,): bright shapes on dark grounds, labels 0..9 in turn.
+
+    Each image draws its radius (9 to 12 px of 32), place (2 px), turn (15 degrees) and two colours from the
+    seed."""
+    u = np.random.default_rng(seed).random((n, 10)).astype(np.float32)
+    labels, images = np.arange(n) % 10, np.empty((n, 3, size, size), np.uint8)
+    pixel = (np.arange(size, dtype=np.float32) + 0.5) * 32 / size - 16            # pixel centres, in px of 32
+    for label, distance in enumerate(SHAPES.values()):
+        rows = u[label::10]
+        radius, dx, dy, turn = (rows[:, i, None, None] for i in range(4))
+        radius, turn = 9 + 3 * radius, np.deg2rad(15 * (2 * turn - 1))
+        x, y = (pixel - 2 * (2 * dx - 1)) / radius, (pixel[:, None] - 2 * (2 * dy - 1)) / radius
+        d = distance(x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)) * radius
+        cover = np.clip(0.5 - d * size / 32, 0, 1)[:, None]                      # anti-aliased over one pixel
+        bright = hsv_to_rgb(rows[:, 4], 0.6 + 0.4 * rows[:, 5], 0.75 + 0.25 * rows[:, 6])
+        dark = hsv_to_rgb(rows[:, 7], 0.1 + 0.5 * rows[:, 8], 0.1 + 0.25 * rows[:, 9])
+        images[label::10] = np.round(255 * (cover * bright + (1 - cover) * dark))
+    return images, labels
+
+
+# ------------------------------------------------------------------------------------------------ the encoder
+
+IMAGENET, HALF = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,) * 3, (0.5,) * 3)
+# name: (timm model, encoder input per image pixel, (mean, std), antialiased positions, further timm
+# arguments)
+ENCODERS = {
+    "dinov2-s": ("vit_small_patch14_reg4_dinov2.lvd142m", 14 / 16, IMAGENET, True, {}),
+    "dinov2-b": ("vit_base_patch14_reg4_dinov2.lvd142m", 14 / 16, IMAGENET, True, {}),
+    "dinov2-l": ("vit_large_patch14_reg4_dinov2.lvd142m", 14 / 16, IMAGENET, True, {}),
+    "siglip2-b": ("vit_base_patch16_siglip_256.v2_webli", 1, HALF, False, {"act_layer": "gelu_tanh"}),
+    "mae-b": ("vit_base_patch16_224.mae", 1, IMAGENET, False, {}),
+}
+
+
+class Encoder(nn.Module):
+    """A frozen timm VisionTransformer as a latent space: images (B, 3, H, W) in [0, 1] -> tokens (B, N, C).
+
+    input_size is the side that the ViT sees; mean and std are per colour. antialias is for resizing the ViT's
+    positions to its grid: the released code resizes MAE's and SigLIP2's without. The last LayerNorm loses its
+    affine weights and prefix tokens are dropped (appendix C). Takes over `vit` and never trains it."""
+
+    def __init__(self, vit, input_size, mean, std, antialias=True):
+        super().__init__()
+        from timm.layers import resample_abs_pos_embed
+        patch = vit.patch_embed.patch_size[0]
+        if input_size % patch:
+            raise ValueError(f"encoder input {input_size} is not a multiple of its patch {patch}")
+        self.input_size, self.grid, self.dim = input_size, input_size // patch, vit.embed_dim
+        if vit.pos_embed is not None:
+            prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+            vit.pos_embed = nn.Parameter(resample_abs_pos_embed(
+                vit.pos_embed.detach(), [self.grid, self.grid], num_prefix_tokens=prefix,
+                antialias=antialias))
+        vit.patch_embed.set_input_size((input_size, input_size))
+        vit.norm = nn.LayerNorm(self.dim, eps=getattr(vit.norm, "eps", 1e-6), elementwise_affine=False)
+        self.vit = vit
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        return super().train(False)                    # frozen: dropout and drop path stay off
+
+    def forward(self, images):
+        if images.shape[-1] != self.input_size:
+            images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic",
+                                   align_corners=False)
+        tokens = self.vit.forward_features((images - self.mean) / self.std)           # (B, prefix + N, C)
+        return tokens[:, self.vit.num_prefix_tokens:]                                 # (B, N, C)
+
+    def fingerprint(self):
+        """Hash of the weights: what a decoder or a latent is bound to."""
+        digest = hashlib.sha256()
+        for key, value in self.vit.state_dict().items():
+            digest.update(key.encode() + value.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def build_encoder(name, image_size, weights=None):
+    """Encoder by name: one of ENCODERS, "toy", "timm:MODEL", or a file written by assets/pretrain_encoder.py.
+
+    weights: a local file in timm's names (.pt, .pth, .safetensors) instead of the download."""
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+    if name not in ENCODERS and not name.startswith("timm:"):
+        path = ASSETS / "toy_encoder.pt" if name == "toy" else Path(name)
+        if not path.is_file():
+            raise ValueError(f"encoder {name}: no such file, nor toy, timm:MODEL, {', '.join(ENCODERS)}")
+        file = read_file(path)
+        if "vit" not in file:
+            raise ValueError(f"encoder {name}: not an encoder file of assets/pretrain_encoder.py")
+        vit = VisionTransformer(**file["vit"])
+        load_strict(vit, file["state_dict"], name)
+        return Encoder(vit, image_size, file["mean"], file["std"])
+    unlisted = name.removeprefix("timm:"), None, None, True, {}
+    model, ratio, norm, antialias, extra = ENCODERS.get(name, unlisted)
+    if not timm.is_model(model):
+        raise ValueError(f"encoder {name}: timm has no model of that name")
+    try:
+        pretrained = weights is None
+        vit = timm.create_model(model, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **extra)
+    except TypeError:
+        raise ValueError(f"encoder {name}: {model} is not a plain ViT") from None
+    except Exception as e:                        # the hub client raises a dozen kinds of errors when offline
+        raise ValueError(f"encoder {name}: the weights of {model} cannot be fetched ({type(e).__name__}); "
+                         f"download them elsewhere and pass --encoder-weights FILE") from None
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"encoder {name}: {model} is not a plain ViT")
+    if weights is not None:
+        state = {k: v for k, v in read_file(weights).items()                          # heads are never run
+                 if not k.startswith(("head.", "fc_norm.", "attn_pool."))}
+        load_strict(vit, state, weights, ignore=("attn_pool.", "fc_norm."))
+    patch = vit.patch_embed.patch_size[0]
+    ratio = ratio or (1 if image_size % patch == 0 else patch / 16)
+    mean, std = norm or (vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
+    return Encoder(vit, round(image_size * ratio), mean, std, antialias)
+
+
+# ------------------------------------------------------------------------------------------------ the decoder
+
+# (width, depth, heads, MLP dim); the published decoder is XL, whose MLP is narrower than 4 x width.
+DECODERS = {"toy": (128, 3, 4, 512), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096),
+            "XL": (1152, 28, 16, 4096)}
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, width, heads, mlp_dim):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-12), nn.LayerNorm(width, eps=1e-12)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, mlp_dim), nn.Linear(mlp_dim, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, 1 + N, D)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))                          # (B, 1 + N, D)
+
+
+class Decoder(nn.Module):
+    """MAE-style ViT: raw tokens (B, N, C) -> images (B, 3, H, W) in the encoder's normalised colours."""
+
+    def __init__(self, latent_dim, grid, patch_size, width, depth, heads, mlp_dim):
+        super().__init__()
+        self.config = dict(latent_dim=latent_dim, grid=grid, patch_size=patch_size, width=width, depth=depth,
+                           heads=heads, mlp_dim=mlp_dim)
+        self.latent_dim, self.grid, self.patch_size = latent_dim, grid, patch_size
+        self.embed = nn.Linear(latent_dim, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.cat([torch.zeros(1, width), sincos_2d(width, grid)])[None])
+        self.layers = nn.ModuleList([DecoderBlock(width, heads, mlp_dim) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.pred = nn.Linear(width, patch_size ** 2 * 3)
+
+    def forward(self, tokens):
+        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), self.embed(tokens).float()],
+                      1) + self.pos_embed
+        for layer in self.layers:
+            x = layer(x)                                                              # (B, 1 + N, D)
+        x = self.pred(self.norm(x))[:, 1:].float()                                    # (B, N, p p 3)
+        x = x.view(-1, self.grid, self.grid, self.patch_size, self.patch_size, 3)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                   # (B, 3, H, W)
+
+
+def sincos_2d(dim, grid):
+    """2-D sin-cos positions (N, dim): first half of the channels for the column, second for the row."""
+    freq = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * freq                   # (grid, dim / 4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                               # (grid, dim / 2)
+    return torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], dim=1).float()
+
+
+# ---------------------------------------------------------------------------------------------- both together
+
+class RAE(nn.Module):
+    """Encoder and decoder with the latent's statistics between them.
+
+    mean, var: (C, h, w) as in a released stat.pt, over the training set, one per position and channel; None
+    leaves the tokens as they are. tau: strength of the noise that the decoder is trained on (section 4.3), in
+    train() mode only: sigma = tau U(0, 1) per image ("uniform", as released) or |N(0, tau^2)| ("half-normal",
+    the paper)."""
+
+    def __init__(self, encoder, decoder, mean=None, var=None, tau=0.0, noise_dist="uniform"):
+        super().__init__()
+        for what, a, b in (("channels", decoder.latent_dim, encoder.dim),
+                           ("grid", decoder.grid, encoder.grid)):
+            if a != b:
+                raise ValueError(f"decoder and encoder do not fit: {what} {a} (decoder) and {b} (encoder)")
+        shape = encoder.dim, encoder.grid, encoder.grid
+        for name, stat in (("mean", mean), ("var", var)):
+            if stat is not None and tuple(stat.shape) != shape:
+                raise ValueError(f"statistics {name} have shape {tuple(stat.shape)}, not {shape}")
+        self.encoder, self.decoder, self.tau, self.noise_dist = encoder, decoder, tau, noise_dist
+        mean = torch.zeros(shape) if mean is None else mean
+        std = torch.ones(shape) if var is None else (var + 1e-5).sqrt()
+        self.register_buffer("mean", mean.flatten(1).T.contiguous().float())          # (N, C)
+        self.register_buffer("std", std.flatten(1).T.contiguous().float())            # (N, C)
+
+    def noised(self, tokens, generators=None):
+        """Raw tokens (B, N, C), in train() mode with noise, from one generator per image or torch's own."""
+        if not (self.training and self.tau):
+            return tokens
+        draw, kw = torch.rand if self.noise_dist == "uniform" else torch.randn, dict(device=tokens.device)
+        noise = [draw(1, generator=g, **kw).abs() * torch.randn(tokens.shape[1:], generator=g, **kw)
+                 for g in generators or [None] * len(tokens)]
+        return tokens + self.tau * torch.stack(noise)                                 # (B, N, C)
+
+    def encode(self, images, generators=None):
+        """Images (B, 3, H, W) in [0, 1] -> normalised latents z (B, N, C)."""
+        return (self.noised(self.encoder(images).float(), generators) - self.mean) / self.std
+
+    def draw(self, tokens):
+        """Raw tokens (B, N, C) -> images (B, 3, H, W), about [0, 1], not clamped."""
+        return self.decoder(tokens) * self.encoder.std + self.encoder.mean
+
+    def decode(self, z):
+        """Normalised latents (B, N, C) -> images (B, 3, H, W), about [0, 1], not clamped."""
+        return self.draw(z * self.std + self.mean)
+
+
+def latent_statistics(encoder, data, batch_size, device, rank=0, world=1):
+    """Exact mean and population variance (C, h, w) of the tokens of a data set, centre crops in both flips.
+
+    One streaming pass in float64. The released running average depends on the order and is wrong on small
+    sets."""
+    sums = torch.zeros(2, encoder.grid ** 2, encoder.dim, dtype=torch.float64)
+    mine = range(rank, len(data), world)
+    for start in range(0, len(mine), batch_size):
+        images = torch.from_numpy(np.stack([data.load(i, None) for i in mine[start:start + batch_size]]))
+        images = images.to(device).float() / 255
+        for x in (images, images.flip(-1)):
+            tokens = encoder(x).cpu().double()                                        # (B, N, C)
+            sums += torch.stack([tokens.sum(0), tokens.square().sum(0)])
+    if world > 1:
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+        sums = sums.cpu()
+    mean, square = sums / (2 * len(data))
+    var = (square - mean ** 2).clamp(min=0)
+    return [s.T.unflatten(1, (encoder.grid, encoder.grid)).float() for s in (mean, var)]
+
+
+# ------------------------------------------------------------------------------------------------------ files
+# A decoder file is a plain state dict in the released names, or a checkpoint of train_decoder.py, which nests
+# one under "ema" beside "mean" and "var" (C, h, w), the encoder's name and its hash. Encoders are never
+# stored in it.
+
+RELEASED = {
+    "dinov2-b": ("decoders/dinov2/wReg_base/ViTXL_n08/model.pt", "stats/dinov2/wReg_base/imagenet1k/stat.pt"),
+    "dinov2-b-512": ("decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt",
+                     "stats/dinov2/wReg_base/imagenet1k_512/stat.pt"),
+    "mae-b": ("decoders/mae/base_p16/ViTXL_n08/model.pt", "stats/mae/base_p16/ImageNet1k/stat.pt"),
+    "siglip2-b": ("decoders/siglip2/base_p16_i256/ViTXL_n08/model.pt",
+                  "stats/siglip2/base_p16_i256/ImageNet1k/stat.pt"),
+    "DiTDH-XL-256": ("DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt",),
+    "DiTDH-S-256": ("DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-S_ep14/stage2_model.pt",),
+    "DiTDH-XL-512": ("DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-XL_ep400/stage2_model.pt",),
+    "DiTDH-S-512": ("DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-S_ep20/stage2_model.pt",),
+}
+BLOCK_NAMES = {"layernorm_before": "norm1", "attention.output.dense": "proj", "layernorm_after": "norm2",
+               "intermediate.dense": "fc1", "output.dense": "fc2"}
+
+
+def export_released_decoder(decoder):
+    """State dict under the released names, sharing memory with the decoder: loading copies into it."""
+    modules = {"decoder_embed": decoder.embed, "decoder_norm": decoder.norm, "decoder_pred": decoder.pred}
+    state = {"trainable_cls_token": decoder.cls_token.data, "decoder_pos_embed": decoder.pos_embed.data}
+    for i, layer in enumerate(decoder.layers):
+        modules |= {f"decoder_layers.{i}.{theirs}": getattr(layer, ours) for theirs,
+                    ours in BLOCK_NAMES.items()}
+        for j, name in enumerate(("query", "key", "value")):
+            for kind in ("weight", "bias"):
+                rows = getattr(layer.qkv, kind).data.chunk(3)[j]
+                state[f"decoder_layers.{i}.attention.attention.{name}.{kind}"] = rows
+    return state | {f"{name}.{k}": v for name, m in modules.items() for k, v in m.state_dict().items()}
+
+
+def load_released_decoder(state_dict_or_path, heads=None):
+    """Decoder from a state dict or file in the released names; its sizes are read from the shapes.
+
+    heads comes from a known width (768, 1024, 1152) unless given. What else a checkpoint of ours holds is in
+    the result's `about`. ValueError names a wrong or missing tensor."""
+    file, where = state_dict_or_path, "state dict"
+    if not isinstance(file, dict):
+        file, where = read_file(file), str(file)
+    heads = heads or file.get("config", {}).get("heads")
+    state = file.get("ema", file)
+    if any(key.startswith("blocks.") for key in state):
+        raise ValueError(f"{where}: this is a diffusion model, not an RAE decoder")
+
+    def shape(key):
+        if key not in state:
+            raise ValueError(f"{where}: not an RAE decoder, tensor {key} is missing")
+        return state[key].shape
+
+    width, latent_dim = shape("decoder_embed.weight")
+    heads = heads or {w: h for w, _, h, _ in DECODERS.values()}.get(width)
+    if heads is None:
+        raise ValueError(f"{where}: a decoder of width {width} is of no known size; pass heads")
+    depth = len({key.split(".")[1] for key in state if key.startswith("decoder_layers.")})
+    decoder = Decoder(latent_dim, math.isqrt(shape("decoder_pos_embed")[1] - 1),
+                      math.isqrt(shape("decoder_pred.weight")[0] // 3), width, depth, heads,
+                      shape("decoder_layers.0.intermediate.dense.weight")[0])
+    load_strict(export_released_decoder(decoder), state, where)
+    decoder.about = {k: v for k, v in file.items()
+                     if k not in ("ema", "model", "optimizer")} if "ema" in file else {}
+    return decoder.eval()
+
+
+def load_strict(target, state, where, ignore=()):
+    """Copy `state` into a module or dict; ValueError names a missing, unexpected or misshapen tensor."""
+    target = target.state_dict() if isinstance(target, nn.Module) else target
+    wrong = [f"{k} is missing" for k in target if k not in state and not k.startswith(ignore or "\0")]
+    wrong += [f"{k} is unexpected" for k in state if k not in target]
+    wrong += [f"{k} has shape {tuple(state[k].shape)}, not {tuple(v.shape)}"
+              for k, v in target.items() if k in state and state[k].shape != v.shape]
+    if wrong:
+        raise ValueError(f"{where}: " + "; ".join(wrong[:4]) + ("; ..." if wrong[4:] else ""))
+    for key, value in state.items():
+        target[key].copy_(value)
+
+
+def read_file(path):
+    """Tensors and plain values of a .pt or .safetensors file; code in a pickle is refused, never run."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: holds more than tensors and is refused, since it could run code") from None
+    except Exception as e:                       # torch and safetensors raise a dozen kinds for a broken file
+        raise ValueError(f"{path}: cannot be read, truncated? ({type(e).__name__})") from None
+
+
+def released_file(name, kind=0):
+    """Local path of released:NAME (fetched once from Hugging Face), of "toy", or of a path."""
+    if not str(name).startswith("released:"):
+        return ASSETS / "toy_decoder.pt" if name == "toy" else name
+    if name[9:] not in RELEASED:
+        raise ValueError(f"{name}: not released; names are {', '.join(RELEASED)}")
+    from huggingface_hub import hf_hub_download
+    file = RELEASED[name[9:]][kind]
+    try:
+        return hf_hub_download("nyu-visionx/RAE-collections", file)
+    except Exception as e:
+        raise ValueError(f"{name}: cannot be fetched ({type(e).__name__}); download {file} of "
+                         f"huggingface.co/nyu-visionx/RAE-collections elsewhere and pass its path") from None
+
+
+def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cpu"):
+    """RAE of a decoder: a checkpoint of train_decoder.py, "released:NAME", or a released file.
+
+    The first two know their encoder and statistics; a bare released file needs encoder (a name) and stats (a
+    file)."""
+    name, decoder = str(decoder), load_released_decoder(released_file(decoder))
+    about = decoder.about
+    if name.startswith("released:"):
+        encoder, stats = encoder or name[9:].removesuffix("-512"), stats or released_file(name, 1)
+    encoder = encoder or about.get("encoder")
+    if encoder is None:
+        raise ValueError(f"{name}: the file does not name its encoder; pass --encoder and --stats")
+    image_size = about.get("image_size", 16 * decoder.grid)
+    weights = encoder_weights or about.get("settings", {}).get("encoder_weights")
+    frozen = build_encoder(encoder, image_size, weights)
+    if about.get("encoder_hash", frozen.fingerprint()) != frozen.fingerprint():
+        raise ValueError(f"{name}: made for encoder weights {about['encoder_hash']}, but {encoder} now has "
+                         f"{frozen.fingerprint()}; train the decoder again or restore those weights")
+    stat = read_file(stats) if stats else about
+    if "var" not in stat:
+        raise ValueError(f"{stats or name}: no latent statistics (var, mean) in it; pass --stats FILE")
+    rae = RAE(frozen, decoder, stat.get("mean"), stat["var"]).to(device).eval().requires_grad_(False)
+    rae.image_size = image_size                        # of the images that its latents stand for
+    return rae
+
+
+# ------------------------------------------------------------------------------ what the training loops share
+# Every random draw is a function of (seed, step, position in the global batch) and the data order of (seed,
+# epoch): nothing random is stored, a resumed run is exact, and one process and eight do the same run.
+
+def keyed(device, *key):
+    """A torch generator that is a function of its integer key."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator(device).manual_seed(seed)
+
+
+class Batches(torch.utils.data.Dataset):
+    """Item s is this process's share of step s: images (b, 3, H, W) uint8 and labels (b,)."""
+
+    def __init__(self, data, batch_size, seed, flip, rank, world):
+        if batch_size % world:
+            raise ValueError(f"--batch-size {batch_size} (global) cannot be split over {world} processes")
+        self.data, self.batch_size, self.seed, self.flip = data, batch_size, seed, flip
+        self.rows = range(rank * batch_size // world, (rank + 1) * batch_size // world)
+        self.epoch, self.order = None, None
+
+    def index(self, position):
+        epoch, offset = divmod(position, len(self.data))
+        if epoch != self.epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            self.epoch, self.order = epoch, rng.permutation(len(self.data))
+        return self.order[offset]
+
+    def __getitem__(self, step):
+        indices, images = [self.index(step * self.batch_size + row) for row in self.rows], []
+        for index, row in zip(indices, self.rows):
+            rng = np.random.default_rng((self.seed, step, row))
+            image = self.data.load(index, rng)
+            images.append(image[:, :, ::-1] if self.flip and rng.random() < 0.5 else image)
+        return torch.from_numpy(np.stack(images)), torch.from_numpy(self.data.labels[indices])
+
+
+def loader(batches, first, args):
+    """Iterator over the steps from `first` on, read ahead by --workers processes."""
+    return iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, args.steps),
+                                            num_workers=args.workers, pin_memory=torch.cuda.is_available()))
+
+
+def parse(parser, presets):
+    """Arguments whose defaults are those of --preset; any flag given wins."""
+    parser.add_argument("--preset", choices=presets, default="toy", help="all other defaults (toy)")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=presets, default="toy")
+    parser.set_defaults(**presets[first.parse_known_args()[0].preset])
+    return parser.parse_args()
+
+
+def settings_of(args):
+    """The arguments that make a run what it is; a checkpoint holds them, and only their like continues it."""
+    free = {"out", "device", "workers", "eval_every", "save_every"}
+    return {k: v for k, v in vars(args).items() if k not in free}
+
+
+def start(args):
+    """(device, rank, world) of this process, alone or under torchrun, after saying what was chosen."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    kind = args.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(kind,
+                              int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {kind}: not on this machine; use --device auto") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)    # gave NaN in bf16 under torch 2.13
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if args.precision == "auto":
+        args.precision = "bf16" if device.type == "cuda" else "fp32"
+    say(f"{device} x {world}, {args.precision}")
+    return device, rank, world
+
+
+def autocast(device, args):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def say(text):
+    """Print on the first process."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, flush=True)
+
+
+def cli(main):
+    """Run a script; a user's mistake ends in one line, and only a fault of ours in a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {str(e).strip().splitlines()[-1].removeprefix('ValueError: ')}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
+class Stop:
+    """SIGTERM or SIGINT came: a loop saves before it ends. A second signal ends it at once."""
+
+    def __init__(self):
+        self.now = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        self.now = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self, world):
+        """Whether any process was told to stop, so that all leave the loop at the same step."""
+        if world > 1:
+            now = torch.tensor(float(self.now), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(now)
+            self.now = bool(now)
+        return self.now
+
+
+def update_ema(ema, model, decay, step):
+    """ema <- d ema + (1 - d) model, d = min(decay, (1 + step) / (10 + step)): short runs can follow."""
+    d = min(decay, (1 + step) / (10 + step))
+    for e, p in zip(ema.parameters(), model.parameters()):
+        e.data.lerp_(p.data, 1 - d)
+
+
+def save_checkpoint(out, file):
+    """Write out/checkpoint.pt by a temporary file, sync and rename: a kill leaves a whole one."""
+    path, new = Path(out) / "checkpoint.pt", Path(out) / "checkpoint.tmp"
+    with open(new, "wb") as f:
+        torch.save(file, f)
+        f.flush()
+        os.fsync(f.fileno())
+    if path.exists():
+        os.replace(path, Path(out) / "previous.pt")
+    os.replace(new, path)
+
+
+def resume(out, kind, settings):
+    """The newest whole checkpoint of this very run in `out`, or None if the folder is new.
+
+    ValueError if the folder holds something else or a run with other settings (the differences are named)."""
+    out, file = Path(out), None
+    for path in (out / "checkpoint.pt", out / "previous.pt"):
+        if file is None and path.exists():
+            try:
+                file = read_file(path)
+            except ValueError as e:
+                say(f"{e}; trying the one before")
+    if file is None:
+        if out.exists() and any(out.iterdir()) and not (out / "log.jsonl").exists():
+            raise ValueError(f"{out}: not empty and not a run of ours; pass another --out")
+        return None
+    if file.get("kind") != kind:
+        raise ValueError(f"{out}: holds a {file.get('kind')} run, not a {kind} run; pass another --out")
+    other = [f"{k} {file['settings'].get(k)} there, {v} here" for k, v in settings.items()
+             if file["settings"].get(k) != v]
+    if other:
+        raise ValueError(f"{out}: holds a run with other settings ({'; '.join(other)}); pass another --out")
+    say(f"{out}: continuing at step {file['step']}")
+    return file
+
+
+class Log:
+    """out/log.jsonl, a JSON object a line, also printed; a resumed run drops what it will repeat."""
+
+    def __init__(self, out, first):
+        self.path = Path(out) / "log.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        old = self.path.read_text().splitlines() if first else []
+        self.path.write_text("".join(f"{line}\n" for line in old if json.loads(line)["step"] <= first))
+
+    def __call__(self, **numbers):
+        with open(self.path, "a") as f:
+            f.write(json.dumps(numbers) + "\n")
+        tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k,
+                             v in numbers.items()
+                             if not isinstance(v, (list, dict))))
+
+
+def save_grid(images, path, columns):
+    """Images (B, 3, H, W) in [0, 1] as one PNG, row by row, small ones enlarged to about 64 px."""
+    images = to_uint8(images).cpu().numpy()
+    rows, (_, _, h, w) = math.ceil(len(images) / columns), images.shape
+    sheet = np.full((rows * columns, 3, h + 2, w + 2), 255, np.uint8)
+    sheet[:len(images), :, 1:-1, 1:-1] = images
+    sheet = sheet.reshape(rows, columns, 3, h + 2, w + 2).transpose(0, 3, 1, 4, 2)
+    sheet = sheet.reshape(rows * (h + 2), columns * (w + 2), 3)
+    zoom = max(1, 64 // h)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet.repeat(zoom, 0).repeat(zoom, 1)).save(path)
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of images (B, 3, H, W) in [0, 1]: dB of each pair (B,)."""
+    return -10 * (a.float() - b.float()).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
