@@ -1,0 +1,356 @@
+"""DiT^DH and its flow: the diffusion side of an RAE (arXiv 2510.11690, sections 4 and 5).
+
+A latent token of a pretrained encoder has hundreds of channels, and a transformer narrower than that cannot
+predict its noise (Theorem 1). DiT^DH therefore reads the noisy latent twice: a deep, narrow backbone turns it
+into one condition per token, and a shallow head at least as wide as the token turns that condition into the
+velocity.
+
+    from dit_dh import DiTDH, flow_loss, sample, shift_alpha, time_grid
+    model = DiTDH(latent_dim=64, grid=4, width=(96, 128), depth=(4, 2), heads=(3, 4), num_classes=10)
+    loss = flow_loss(model, z, y, alpha=shift_alpha(16, 64)).mean()                   # z (B, N, C), y (B,)
+    z = sample(model, noise, y, time_grid(50, alpha=1.0), cfg=1.5)                    # (B, N, C)
+
+B batch, N tokens, C latent channels, D width, h w latent grid (N = h w, row by row), t time (0 data, 1
+noise), z latent, x_t = (1 - t) z + t eps, v = eps - z velocity, alpha the schedule shift. File format: end of
+this file.
+"""
+
+import math
+import pickle
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Table 13 of the paper: (width, depth, heads). The head of DiT^DH takes its width and heads from here, G by
+# default.
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16),
+         "XXL": (1280, 32, 16), "H": (1536, 32, 16), "G": (2048, 40, 16), "T": (2688, 40, 21)}
+
+
+# -------------------------------------------------------------------------------------------------- the model
+
+def sincos_2d(dim, grid):
+    """2-D sin-cos positions (N, dim): half of the channels for the column, half for the row, each
+    concat(sin, cos) at frequencies 10000^(-i / (dim / 4))."""
+    freq = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * freq                   # (grid, dim / 4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                               # (grid, dim / 2)
+    return torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], dim=1).float()
+
+
+class Rope(nn.Module):
+    """2-D rotary positions: the first half of each head turns with the row, the second with the column."""
+
+    def __init__(self, head_dim, grid):
+        super().__init__()
+        half = head_dim // 2
+        freq = 10000.0 ** (-torch.arange(0, half, 2) / half)
+        angle = torch.arange(grid)[:, None] * freq.repeat_interleave(2)            # (grid, half), equal pairs
+        angle = torch.cat([angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)], dim=1)   # (N, head_dim)
+        self.register_buffer("freqs_cos", angle.cos())
+        self.register_buffer("freqs_sin", angle.sin())
+
+    def forward(self, x):
+        """x (..., N, head_dim); neighbouring channels (a, b) become (a cos - b sin, b cos + a sin)."""
+        swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                       # (b, a)
+        sign = torch.tensor([-1.0, 1.0], device=x.device).repeat(x.shape[-1] // 2)
+        return torch.addcmul(x * self.freqs_cos, swapped, self.freqs_sin * sign)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, rope):
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, N, d)
+        (q, k), v = rope(qkv[:2]).to(qkv.dtype), qkv[2]
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))                                # (B, N, D)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        hidden = int(2 / 3 * 4 * width)                # three matrices with the cost of a usual MLP's two
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        gate, up = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * up)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+def modulation(width, n):
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, n * width))
+
+
+class Block(nn.Module):
+    """Block with adaptive norms; the condition c is (B, 1, D) in the backbone, (B, N, D) in the head."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.RMSNorm(width, eps=1e-6)
+        self.mlp = SwiGLU(width)
+        self.adaLN_modulation = modulation(width, 6)
+
+    def forward(self, x, c, rope):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)      # (B, N, D)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))          # (B, N, D)
+
+
+class TokenEmbedder(nn.Module):
+    def __init__(self, latent_dim, width):
+        super().__init__()
+        self.proj = nn.Linear(latent_dim, width)
+
+    def forward(self, x):
+        return self.proj(x).float()                    # the residual stream stays float32 under autocast
+
+
+class TimeEmbedder(nn.Module):
+    """t (B,) -> (B, D) by 256 random frequencies and a small MLP."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(256))           # trainable, like pos_embed, as in the released code
+        self.mlp = nn.Sequential(nn.Linear(512, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        angle = 2 * math.pi * t[:, None].float() * self.W                             # (B, 256)
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
+
+
+class LabelEmbedder(nn.Module):
+    """y (B,) -> (B, D); the last row is the null label, for unconditional samples and guidance."""
+
+    def __init__(self, num_classes, width):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, latent_dim):
+        super().__init__()
+        self.norm_final = nn.RMSNorm(width, eps=1e-6)
+        self.linear = nn.Linear(width, latent_dim)
+        self.adaLN_modulation = modulation(width, 2)
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))                # (B, N, C)
+
+
+class DiTDH(nn.Module):
+    """DiT^DH (section 5, Fig. 5) or, with a head depth of 0, the plain DiT.
+
+    latent_dim is C, grid the latent's side (N = grid * grid); width, depth and heads are pairs (backbone,
+    head). Labels run from 0 to num_classes - 1, and num_classes is the null label. Parameters bear the
+    released names."""
+
+    def __init__(self, latent_dim, grid, width, depth, heads, num_classes):
+        super().__init__()
+        for w, h in list(zip(width, heads))[:2 if depth[1] else 1]:
+            if w % h or w // h % 4:
+                raise ValueError(f"width {w} with {h} heads: each head needs a multiple of 4 channels")
+        self.config = dict(latent_dim=latent_dim, grid=grid, width=tuple(width), depth=tuple(depth),
+                           heads=tuple(heads), num_classes=num_classes)
+        self.latent_dim, self.grid, self.depth, self.num_classes = latent_dim, grid, tuple(depth), num_classes
+        wide, last = (width[1], heads[1]) if depth[1] else (width[0], heads[0])
+        self.pos_embed = nn.Parameter(sincos_2d(width[0], grid)[None])                # (1, N, D)
+        self.x_embedder = TokenEmbedder(latent_dim, wide)
+        self.t_embedder = TimeEmbedder(width[0])
+        self.y_embedder = LabelEmbedder(num_classes, width[0])
+        if depth[1]:
+            self.s_embedder = TokenEmbedder(latent_dim, width[0])
+            self.s_projector = nn.Linear(width[0], wide) if wide != width[0] else nn.Identity()
+            self.enc_feat_rope = Rope(width[0] // heads[0], grid)
+            self.dec_feat_rope = Rope(wide // last, grid)
+        else:
+            self.feat_rope = Rope(width[0] // heads[0], grid)
+        self.blocks = nn.ModuleList([Block(width[0], heads[0]) for _ in range(depth[0])]
+                                    + [Block(wide, last) for _ in range(depth[1])])
+        self.final_layer = FinalLayer(wide, latent_dim)
+        self.initialize()
+
+    def initialize(self):
+        """The released initialisation: every block starts as the identity and the velocity as zero."""
+        for name, m in self.named_modules():
+            if isinstance(m, nn.Linear) and (not self.depth[1] or "embedder.proj" in name):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight,
+                       self.t_embedder.mlp[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        for linear in (*(m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer)),
+                       self.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x_t, t, y):
+        """x_t (B, N, C), t (B,) in [0, 1] after the shift, y (B,) int -> velocity v (B, N, C)."""
+        t = self.t_embedder(t)[:, None]                                               # (B, 1, D)
+        c = t + self.y_embedder(y)[:, None]                                           # (B, 1, D)
+        if not self.depth[1]:
+            x = self.x_embedder(x_t) + self.pos_embed                                 # (B, N, D)
+            for block in self.blocks:
+                x = block(x, c, self.feat_rope)                                       # (B, N, D)
+            return self.final_layer(x, c)                                             # (B, N, C)
+        c = F.silu(c)
+        s = self.s_embedder(x_t) + self.pos_embed                                     # (B, N, D)
+        for block in self.blocks[:self.depth[0]]:
+            s = block(s, c, self.enc_feat_rope)                                       # (B, N, D)
+        s = self.s_projector(F.silu(s + t))                                           # (B, N, D_head)
+        x = self.x_embedder(x_t)                                                # (B, N, D_head), no positions
+        for block in self.blocks[self.depth[0]:]:
+            x = block(x, s, self.dec_feat_rope)                                       # (B, N, D_head)
+        return self.final_layer(x, s)                                                 # (B, N, C)
+
+
+# --------------------------------------------------------------------------------------------------- the flow
+
+def shift_alpha(num_tokens, channels):
+    """alpha = sqrt(N C / 4096), at least 1: more dimensions need more noise to hide an image (4.2)."""
+    return max(1.0, math.sqrt(num_tokens * channels / 4096))
+
+
+def shift_time(t, alpha):
+    """t' = alpha t / (1 + (alpha - 1) t), section 4.2; keeps 0 and 1, moves all between towards the noise."""
+    return alpha * t / (1 + (alpha - 1) * t)
+
+
+def draw_time(u, dist="logit-normal"):
+    """Training times from uniform u (B,), before the shift: logit-normal(0, 1) or uniform, <= 0.999."""
+    if dist == "uniform":
+        return 0.999 * u
+    top = torch.special.ndtr(torch.logit(torch.tensor(0.999)))
+    return torch.special.ndtri(u * top).sigmoid()
+
+
+def time_grid(steps, alpha, t_last=0.0):
+    """Times of a sampler of `steps` evaluations: steps + 1 points from 1 down to t_last, shifted by alpha.
+
+    t_last is meant before the shift; steps=49, t_last=0.001 is the released code's "50 steps"."""
+    return shift_time(1 - torch.linspace(0, 1 - t_last, steps + 1, dtype=torch.float64), alpha).float()
+
+
+def flow_loss(model, z, y, alpha, t=None, noise=None):
+    """Squared error of the velocity, one mean per sample (B,); J of the paper's appendix.
+
+    z (B, N, C) normalised latents, y (B,), t (B,) before the shift and noise (B, N, C) drawn here unless
+    given."""
+    t = draw_time(torch.rand(len(z), device=z.device)) if t is None else t
+    noise = torch.randn_like(z) if noise is None else noise
+    t = shift_time(t, alpha)
+    x_t = (1 - t[:, None, None]) * z + t[:, None, None] * noise                       # (B, N, C)
+    v = noise - z                                                                     # (B, N, C)
+    return (model(x_t, t, y).float() - v).square().mean(dim=(1, 2))                   # (B,)
+
+
+@torch.no_grad()
+def sample(model, noise, y, grid, cfg=1.0, guide=None, scale=1.0, interval=(0.0, 1.0)):
+    """Euler from noise (B, N, C) at grid[0] to a latent (B, N, C) at grid[-1], under labels y (B,).
+
+    cfg: v = v_null + cfg (v - v_null). guide, scale: AutoGuidance, v = v_weak + scale (v - v_weak), v_weak
+    from a smaller or less trained model. Either acts for t within interval only (section 5.1, appendix I)."""
+    if cfg != 1 and guide is not None:
+        raise ValueError("cfg and guide exclude each other: leave cfg at 1 or drop the guide")
+    null = torch.full_like(y, model.num_classes)
+    x = noise
+    for now, after in zip(grid[:-1].tolist(), grid[1:].tolist()):
+        t = torch.full((len(x),), now, device=x.device)
+        guided = interval[0] <= now <= interval[1]
+        if guided and cfg != 1:
+            v, v_null = model(x.repeat(2, 1, 1), t.repeat(2), torch.cat([y, null])).float().chunk(2)
+            v = v_null + cfg * (v - v_null)
+        else:
+            v = model(x, t, y).float()                                                # (B, N, C)
+            if guided and guide is not None and scale != 1:
+                v_weak = guide(x, t, y).float()
+                v = v_weak + scale * (v - v_weak)
+        x = x + (after - now) * v
+    return x
+
+
+# --------------------------------------------------------------------------------------------------- the file
+# A model file is a plain state dict in the released names, or a checkpoint that nests one under "ema". Both
+# sides of this repository read and write the same names; only the two embedders differ, stored as 1x1
+# convolutions.
+
+def export_released(model):
+    """State dict under the released names and shapes, for the released code's strict loader."""
+    return {k: v[..., None, None] if k.endswith("embedder.proj.weight") else v for k,
+            v in model.state_dict().items()}
+
+
+def load_released(state_dict_or_path, heads=None, head_depth=2):
+    """DiTDH or plain DiT from a state dict, a released file or a checkpoint of ours (its EMA).
+
+    Widths, depths and grid are read from the shapes and heads from the RoPE tables; where those are missing,
+    heads (a pair) must be given unless the widths are known ones. Where both widths are equal the shapes do
+    not tell the head's depth: it is the checkpoint's or head_depth. What else a checkpoint of ours holds is
+    in the result's `about`. ValueError names a missing, unexpected or misshapen tensor."""
+    file, where = state_dict_or_path, "state dict"
+    if not isinstance(file, dict):
+        file, where = read_file(file), str(file)
+    state = file.get("ema", file)
+    if "decoder_embed.weight" in state:
+        raise ValueError(f"{where}: this is an RAE decoder, not a diffusion model; pass it as --decoder")
+    head_depth = file.get("config", {}).get("depth", (0, head_depth))[1]
+
+    def shape(key):
+        if key not in state:
+            raise ValueError(f"{where}: not a diffusion model, tensor {key} is missing")
+        return state[key].shape
+
+    wide = any(key.startswith(("s_embedder.", "s_projector.", "dec_feat_rope.")) for key in state)
+    width = shape("pos_embed")[2], shape("x_embedder.proj.weight")[0]
+    count = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    depth = count - head_depth * wide
+    if width[0] != width[1]:
+        depth = sum(shape(f"blocks.{i}.norm1.weight")[0] == width[0] for i in range(count))
+    tables = any("feat_rope." in key for key in state)
+    if heads is None and tables:
+        names = ("enc_feat_rope", "dec_feat_rope") if wide else ("feat_rope", "feat_rope")
+        heads = [w // shape(f"{name}.freqs_cos")[1] for name, w in zip(names, width)]
+    elif heads is None:
+        heads = [{w: h for w, _, h in SIZES.values()}.get(w) for w in width]
+        if None in heads:
+            raise ValueError(f"{where}: no RoPE tables and widths {width} of no known size; pass heads")
+    model = DiTDH(shape("x_embedder.proj.weight")[1], math.isqrt(shape("pos_embed")[1]), width,
+                  (depth, count - depth), heads, shape("y_embedder.embedding_table.weight")[0] - 1)
+    state = {k: v.flatten(1) if k.endswith("embedder.proj.weight") else v for k, v in state.items()}
+    if not tables:
+        state |= {k: v for k, v in model.state_dict().items() if "feat_rope." in k}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"{where}: {' '.join(str(e).split())}") from None
+    model.about = {k: v for k, v in file.items()
+                   if k not in ("ema", "model", "optimizer")} if "ema" in file else {}
+    return model.eval()
+
+
+def read_file(path):
+    """Tensors and plain values of a file; code in a pickle is refused, never run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: holds more than tensors and is refused, since it could run code") from None
+    except Exception as e:                             # torch raises half a dozen kinds for a broken file
+        raise ValueError(f"{path}: cannot be read, truncated? ({type(e).__name__})") from None
