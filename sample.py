@@ -1,0 +1,140 @@
+"""Pictures from a trained model: Euler from noise to a latent, then the decoder (5.1, E, I).
+
+    python sample.py                                               # out/diffusion -> out/samples.png and .npz
+    python sample.py --classes 0,3,7 --cfg 2 --out shapes.png
+    python sample.py --preset imagenet256 --guide released:DiTDH-S-256 --scale 1.42 --num 50000 --out x.npz
+
+--out x.png is a grid of up to 100 pictures with x.npz of all beside it; x.npz alone holds uint8 (N, H, W, 3)
+as ADM's evaluator wants it; anything else is a folder of PNGs. Sample i is a function of (seed, i) and its
+label alone.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from dit_dh import load_released, sample, shift_alpha, time_grid
+from rae import autocast, cli, keyed, load_rae, parse, released_file, save_grid, say, start, to_uint8
+
+PRESETS = {
+    "toy": dict(ckpt="out/diffusion/checkpoint.pt", decoder=None, num=500, cfg=1.5, batch_size=250),
+    "imagenet256": dict(ckpt="released:DiTDH-XL-256", decoder="released:dinov2-b",
+                        num=64, cfg=1.0, batch_size=64),
+    "imagenet512": dict(ckpt="released:DiTDH-XL-512", decoder="released:dinov2-b-512",
+                        num=64, cfg=1.0, batch_size=32),
+}
+
+
+def balanced_labels(classes, num):
+    """num labels, each class equally often, in turn (FID-50k: 50 each); if too few, spread evenly."""
+    return [classes[i % len(classes) if num >= len(classes) else i * len(classes) // num] for i in range(num)]
+
+
+@torch.no_grad()
+def generate(rae, model, labels, grid, seed, first=0, **guidance):
+    """Images (B, 3, H, W) in [0, 1] of labels (B,), samples number first, first + 1, ... of a seed."""
+    device = rae.mean.device
+    noise = torch.stack([torch.randn(rae.mean.shape, generator=keyed(device, seed, first + i), device=device)
+                         for i in range(len(labels))])                                # (B, N, C)
+    z = sample(model, noise, torch.as_tensor(labels, device=device), grid, **guidance)   # (B, N, C)
+    return rae.decode(z).clamp(0, 1)                                                  # (B, 3, H, W)
+
+
+def check_fit(name, model, rae):
+    """ValueError unless the model was made for this latent space."""
+    if (model.latent_dim, model.grid) != (rae.encoder.dim, rae.encoder.grid):
+        raise ValueError(f"{name}: made for {model.grid ** 2} tokens x {model.latent_dim}, the decoder's are "
+                         f"{rae.encoder.grid ** 2} x {rae.encoder.dim}; pass the --decoder of its training")
+    if model.about.get("encoder_hash", rae.encoder.fingerprint()) != rae.encoder.fingerprint():
+        raise ValueError(f"{name}: trained on the latents of another encoder; pass the --decoder of that one")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--ckpt", help="checkpoint of a run, a released file or released:NAME")
+    p.add_argument("--decoder",
+                   help="decoder file or released:NAME; default: the one the run was trained with")
+    p.add_argument("--encoder", help="encoder that a bare released decoder belongs to")
+    p.add_argument("--encoder-weights", help="local file of the encoder's weights")
+    p.add_argument("--stats", help="latent statistics file of a bare released decoder")
+    p.add_argument("--num", type=int, help="samples")
+    p.add_argument("--classes", help="comma-separated labels; default: all, balanced")
+    p.add_argument("--steps", type=int, default=50, help="evaluations (released: 49 with --t-last 0.001)")
+    p.add_argument("--t-last", type=float, default=0.0, help="time of the last point, before the shift")
+    p.add_argument("--alpha", type=float, help="schedule shift; default: the run's, else sqrt(N C / 4096)")
+    p.add_argument("--cfg", type=float, help="classifier-free guidance, 1 for none")
+    p.add_argument("--guide", help="AutoGuidance: checkpoint of a weaker model; turns cfg off")
+    p.add_argument("--scale", type=float, default=1.42, help="AutoGuidance scale (paper: 1.42, 512 px 1.5)")
+    p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
+                   help="times that are guided")
+    p.add_argument("--seed", type=int, default=0, help="of the noise")
+    p.add_argument("--out", default="out/samples.png", help="x.png, x.npz or a folder")
+    p.add_argument("--batch-size", type=int, help="samples at once")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda")
+    args = parse(p, PRESETS)
+    if args.ckpt == PRESETS["toy"]["ckpt"] and not Path(args.ckpt).is_file():
+        raise ValueError(f"{args.ckpt}: no such file; run train_diffusion.py first, or pass --ckpt")
+    out = Path(args.out)
+    if out.suffix not in (".png", ".npz") and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: not empty, and old images would mix with new; pass another --out")
+    device, _, world = start(args)
+    if world > 1:
+        raise ValueError("sample.py is for one process; run it without torchrun")
+
+    model = load_released(released_file(args.ckpt)).to(device)
+    settings = model.about.get("settings", {})
+    files = [getattr(args, k) or settings.get(k) for k in ("decoder", "encoder", "encoder_weights", "stats")]
+    rae = load_rae(*files, device)
+    check_fit(args.ckpt, model, rae)
+    guidance = dict(cfg=args.cfg, interval=args.interval)
+    if args.guide:
+        guide = load_released(released_file(args.guide)).to(device)
+        check_fit(args.guide, guide, rae)
+        guidance |= dict(cfg=1.0, guide=guide, scale=args.scale)
+    classes = [model.num_classes] if settings.get("unconditional") else list(range(model.num_classes))
+    if args.classes:
+        try:
+            classes = [int(c) for c in args.classes.split(",")]
+        except ValueError:
+            raise ValueError(f"--classes {args.classes}: wants numbers like 0,3,7") from None
+        wrong = [c for c in classes if not 0 <= c < model.num_classes]
+        if wrong:
+            raise ValueError(f"--classes {wrong[0]}: out of range 0 to {model.num_classes - 1}")
+    alpha = args.alpha or model.about.get("alpha") or shift_alpha(*rae.mean.shape)
+    grid, labels = time_grid(args.steps, alpha, args.t_last), balanced_labels(classes, args.num)
+    say(f"{args.ckpt}: {args.num} samples, {args.steps} steps, alpha {alpha:.3f}, "
+        + (f"AutoGuidance {args.scale}" if args.guide else f"cfg {args.cfg}"))
+
+    images, began = [], time.time()
+    bar = tqdm(total=args.num, unit="image", disable=not sys.stderr.isatty())
+    for first in range(0, args.num, args.batch_size):
+        batch = labels[first:first + args.batch_size]
+        with autocast(device, args):
+            images.append(to_uint8(generate(rae, model, batch, grid, args.seed, first, **guidance)).cpu())
+        bar.update(len(batch))
+    images = torch.cat(images)                                                        # (N, 3, H, W) uint8
+    say(f"{args.num / (time.time() - began):.2f} images/s")
+    pixels = images.permute(0, 2, 3, 1).numpy()                                       # (N, H, W, 3)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix in (".png", ".npz"):
+        np.savez(out.with_suffix(".npz"), arr_0=pixels)
+    else:
+        out.mkdir(exist_ok=True)
+        for i, picture in enumerate(pixels):
+            Image.fromarray(picture).save(out / f"{i:06d}.png")
+    if out.suffix == ".png":
+        columns = len(classes) if len(classes) <= 10 else 8
+        save_grid(images[:100 // columns * columns] / 255, out, columns)
+    say(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    cli(main)
