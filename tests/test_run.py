@@ -1,0 +1,278 @@
+"""The scripts as users run them: README commands, all flags, resume, determinism, mistakes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+from PIL import Image
+from test_rae import save_images
+
+DIFFUSION = "out/diffusion/checkpoint.pt"
+
+
+def readme_commands():
+    """Every python or torchrun command of the README's bash blocks, as (script, arguments)."""
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+    pattern = r"^(?:python|torchrun(?: --\S+)*) +((?:assets/|tests/)?\w+\.py) *([^#\n&]*)"
+    found = re.findall(pattern, text, re.M)
+    return [(script, arguments.strip()) for script, arguments in found]
+
+
+def same(a, b):
+    """Bit-equal, through nested dicts and lists of tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """photos/: two classes of small images, and what the README's own-image commands name."""
+    for i, name in enumerate(("cat", "dog")):
+        save_images(tmp_path / "photos" / name, 6, size=(44, 40), seed=i)
+        save_images(tmp_path / "photos_val" / name, 3, size=(44, 40), seed=9 + i)
+    return tmp_path / "photos"
+
+
+def test_readme_commands(run, photos):
+    """In the README's own order, so that each finds what the one before it made."""
+    commands = [c for c in readme_commands() if c[0] in TINY and "imagenet" not in c[1]
+                and "released:" not in c[1]]
+    assert {script for script, _ in commands} == set(TINY), "each script has a command in the README"
+    for script, arguments in commands:
+        run(script, arguments)
+    assert Image.open("out/samples.png").size[0] > 300
+    assert np.load("out/samples.npz")["arr_0"].shape == (20, 32, 32, 3)
+
+
+# Every flag appears here off its default (test_every_flag_is_run), with a tiny world behind it.
+FLAGS = {
+    "assets/pretrain_encoder.py": [
+        "--data photos --out e/enc.pt --image-size 24 --patch 12 --width 16 --depth 1 --heads 2 --mask "
+        "0.25 --steps 3 --batch-size 4 --lr 0.001 --seed 3 --device cpu",
+    ],
+    "train_decoder.py": [
+        "--data photos --val-data photos_val --encoder e/enc.pt --image-size 24 --resize 26 "
+        "--tau 0.5 --perceptual 0 --steps 3 --batch-size 4 --lr 0.001 --lr-end 0.0001 --warmup 1 --ema "
+        "0.9 --seed 2 --out d/a --eval-every 2 --save-every 2 --workers 1 --device cpu --precision bf16 "
+        "--noise-dist half-normal",
+        "--image-size 64 --resize 64 --upsample 2 --steps 2 --batch-size 4 --out d/up",
+        "--data photos --encoder e/enc.pt --image-size 24 --steps 2 --batch-size 4 --out d/b",
+        "--data photos --encoder e/enc.pt --image-size 24 --resize 24 --steps 2 --batch-size 4 --out d/c "
+        "--init d/b/checkpoint.pt",
+        "--preset imagenet256 --data photos --encoder timm:vit_tiny_patch16_224 --encoder-weights tiny.pt "
+        "--size B --image-size 32 --resize 40 --steps 1 --batch-size 2 --workers 0 --out d/preset",
+    ],
+    "train_diffusion.py": [
+        "--data photos --decoder d/b/checkpoint.pt --backbone 16,1,2 --head 24,1,2 "
+        "--alpha 2.5 --time uniform --label-drop 0.5 --steps 3 --batch-size 4 --lr 0.001 --lr-end 0.0001 "
+        "--hold 1 --clip 0 --ema 0.9 --cfg 2 --seed 4 --out f/a --log-every 1 --sample-every 2 "
+        "--save-every 2 --workers 1 --device cpu --precision bf16",
+        "--data photos --decoder d/b/checkpoint.pt --backbone 16,1,2 --head none "
+        "--unconditional --steps 2 --batch-size 4 --out f/plain",
+        "--data toy --init f/toy/checkpoint.pt --steps 1 --batch-size 4 --out f/init",
+        "--decoder d/up/checkpoint.pt --steps 1 --batch-size 4 --out f/up",
+        "--preset imagenet512 --data photos --decoder bare.pt --encoder timm:vit_tiny_patch16_224 "
+        "--encoder-weights tiny.pt --stats stat.pt --backbone S --head 16,1,2 --steps 1 "
+        "--batch-size 2 --workers 0 --out f/preset",
+    ],
+    "sample.py": [
+        "--ckpt f/a/checkpoint.pt --num 3 --steps 4 --t-last 0.001 --alpha 2 --cfg 1.2 --interval 0.1 0.9 "
+        "--seed 5 --batch-size 2 --out s/folder --device cpu --precision bf16 --classes 1",
+        "--ckpt f/toy/checkpoint.pt --guide f/init/checkpoint.pt --scale 1.7 --num 2 --steps 2 --out "
+        "s/guided.npz",
+        "--ckpt f/toy/checkpoint.pt --decoder toy --num 2 --steps 2 --out s/grid.png",
+        "--ckpt f/plain/checkpoint.pt --num 2 --steps 2 --out s/plain.png",
+        "--preset imagenet256 --ckpt f/preset/checkpoint.pt --decoder bare.pt --encoder "
+        "timm:vit_tiny_patch16_224 --encoder-weights tiny.pt --stats stat.pt --num 1 --steps 2 --out "
+        "s/preset.png",
+    ],
+    "fid.py": [
+        "s/folder photos_fid --features encoder:e/enc.pt --num 3 --batch-size 2 --device cpu --json",
+        "s/guided.npz toy --weights inception.pt",
+    ],
+}
+
+
+def test_every_flag_runs(run, photos, tmp_path, monkeypatch):
+    """All commands of FLAGS, in an order in which each finds what it needs."""
+    import timm
+    from fid import InceptionV3
+    save_images(tmp_path / "photos_fid", 4, size=(24, 24))
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), "tiny.pt")
+    torch.save(InceptionV3().state_dict(), "inception.pt")
+    for arguments in FLAGS["assets/pretrain_encoder.py"]:
+        run("assets/pretrain_encoder.py", arguments, tiny=False)
+    for arguments in FLAGS["train_decoder.py"]:
+        run("train_decoder.py", arguments, tiny=False)
+    file = load("d/preset/checkpoint.pt")
+    assert file["config"]["width"] == 768 and file["config"]["grid"] == 2
+    torch.save(file["ema"], "bare.pt")                 # what a released decoder and its statistics look like
+    torch.save({"mean": file["mean"], "var": file["var"]}, "stat.pt")
+    file = load("d/up/checkpoint.pt")                  # 32 px latents decoded to 64 px
+    assert file["config"]["patch_size"] == 16 and file["config"]["grid"] == 4 and file["image_size"] == 32
+    run("train_diffusion.py", "--steps 1 --batch-size 4 --out f/toy", tiny=False)
+    for arguments in FLAGS["train_diffusion.py"]:
+        run("train_diffusion.py", arguments, tiny=False)
+    assert same(load("f/plain/checkpoint.pt")["config"]["depth"], (1, 0))
+    for arguments in FLAGS["sample.py"]:
+        run("sample.py", arguments, tiny=False)
+    assert sorted(os.listdir("s/folder")) == ["000000.png", "000001.png", "000002.png"]
+    said = [run("fid.py", arguments, tiny=False) for arguments in FLAGS["fid.py"]]
+    assert json.loads(said[0])["num"] == 3 and "is not the published file" in said[1] and "FID " in said[1]
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_every_flag_is_run(script):
+    """A flag exists only if a test runs it off its default; the help fits about one screen."""
+    source = (ROOT / script).read_text()
+    flags = set(re.findall(r'add_argument\("(--[a-z-]+)"', source))
+    flags |= {"--preset"} if "parse(p, PRESETS)" in source else set()
+    ran = set(re.findall(r"--[a-z0-9-]+", " ".join(FLAGS[script])))
+    assert flags == ran, flags ^ ran
+
+
+# ----------------------------------------------------------------------------------------------- the same run
+
+def test_same_command_twice_is_bit_equal_and_resume_is_exact(run):
+    for script, out in (("train_decoder.py", "--out "), ("train_diffusion.py", "--out ")):
+        run(script, out + "a")
+        run(script, out + "b")
+        a = load("a/checkpoint.pt")
+        assert same(a, load("b/checkpoint.pt"))
+        os.replace("b/previous.pt", "b/checkpoint.pt")                # as if killed after step 2 of 4
+        said = run(script, out + "b")
+        assert "continuing at step 2" in said and same(a, load("b/checkpoint.pt"))
+        assert (open("a/log.jsonl").read().count("\n") == open("b/log.jsonl").read().count("\n"))
+        assert "finished already" in run(script, out + "b")
+        with pytest.raises(SystemExit, match="seed 0 there, 1 here"):
+            run(script, out + "b --seed 1")
+        os.system("rm -r a b")
+
+
+def test_a_changed_seed_changes_the_run(run):
+    run("train_diffusion.py", "--out a")
+    run("train_diffusion.py", "--out b --seed 1")
+    assert not same(load("a/checkpoint.pt")["model"], load("b/checkpoint.pt")["model"])
+
+
+def test_samples_do_not_depend_on_the_batch(run):
+    run("train_diffusion.py")
+    run("sample.py", "--out a.npz --batch-size 20")
+    run("sample.py", "--out b.npz --batch-size 3")
+    a, b = (np.load(f)["arr_0"].astype(int) for f in ("a.npz", "b.npz"))
+    assert a.shape == (20, 32, 32,
+                       3) and abs(a - b).max() <= 1  # a product's rounding may depend on the batch
+
+
+def test_two_processes_do_the_run_of_one(tmp_path, photos):
+    """torchrun, gloo: ranks end with the same weights as one process, up to the order of a sum."""
+    logs = []
+    for launch in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                      "--nproc_per_node=2"]):
+        out = tmp_path / str(len(launch))
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        for script, extra in (("train_decoder.py", "--eval-every 1"),
+                              ("train_diffusion.py", "--log-every 1")):
+            if script == "train_diffusion.py":
+                extra += " --backbone 16,1,2 --head 24,1,2 --sample-every 4"
+            command = (f"{ROOT / script} --data {photos} --steps 3 --batch-size 4 --save-every 3 "
+                       f"--out {out}/{script} {extra}")
+            done = subprocess.run(launch + command.split(), env=env, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-2000:]
+        logs.append([[json.loads(line) for line in open(out / script / "log.jsonl")]
+                     for script in ("train_decoder.py", "train_diffusion.py")])
+    for one, two in zip(*logs):
+        for a, b in zip(one, two, strict=True):
+            key = "psnr" if "psnr" in a else "loss"
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- mistakes
+
+def test_mistakes_end_in_one_line(run, tmp_path, photos):
+    with pytest.raises(SystemExit, match="run train_diffusion.py first"):
+        run("sample.py")
+    with pytest.raises(SystemExit, match="run sample.py first"):
+        run("fid.py")
+    run("train_diffusion.py")
+    save_images(tmp_path / "used", 1)
+    (tmp_path / "empty").mkdir()
+    torch.save({"ema": {}}, "nothing.pt")
+    open("half.pt", "wb").write(open(DIFFUSION, "rb").read()[:4000])
+    wrong = load(DIFFUSION)
+    torch.save(wrong | {"encoder_hash": "0" * 16}, "other.pt")
+    run("assets/pretrain_encoder.py", "--width 32 --out small.pt")
+    run("train_decoder.py", "--encoder small.pt --out small")
+    toy = str(ROOT / "assets" / "toy_decoder.pt")
+    cases = [
+        ("train_decoder.py", "--data nowhere", "nowhere: no such folder"),
+        ("train_decoder.py", "--data empty", "empty: no images"),
+        ("train_decoder.py", "--encoder nothing.pt", "not an encoder file"),
+        ("train_decoder.py", "--encoder no", "encoder no: no such file"),
+        ("train_decoder.py", "--out used", "used: not empty"),
+        ("train_decoder.py", "--out out/diffusion", "holds a diffusion run"),
+        ("train_decoder.py", f"--init {DIFFUSION}", "diffusion model, not an RAE decoder"),
+        ("train_diffusion.py", f"--out x --decoder {DIFFUSION}", "diffusion model, not an RAE decoder"),
+        ("train_diffusion.py", "--out x --decoder half.pt", "half.pt: cannot be read, truncated"),
+        ("train_diffusion.py", "--out x --decoder nothing.pt", "not an RAE decoder"),
+        ("train_diffusion.py", f"--out x --init {toy}", "this is an RAE decoder"),
+        ("train_diffusion.py", "--seed 7", "seed 0 there, 7 here"),
+        ("sample.py", f"--ckpt {toy}", "this is an RAE decoder"),
+        ("sample.py", "--ckpt half.pt", "half.pt: cannot be read, truncated"),
+        ("sample.py", "--ckpt other.pt", "latents of another encoder"),
+        ("sample.py", "--decoder small/checkpoint.pt", "16 tokens x 64, the decoder's are 16 x 32"),
+        ("sample.py", "--classes 3,10", "--classes 10: out of range 0 to 9"),
+        ("sample.py", "--classes a", "--classes a: wants numbers"),
+        ("sample.py", "--out used", "used: not empty"),
+        ("sample.py", "--device cuda", "--device cuda: not on this machine"),
+        ("fid.py", "used toy", "1 images"),
+        ("fid.py", f"{DIFFUSION} toy", "wants arr_0 of uint8"),
+        ("fid.py", "photos toy", "40 px|several sizes|44"),
+        ("fid.py", "photos photos_val", "FID needs the Inception weights"),
+        ("fid.py", "photos photos --features nothing", "wants inception or encoder"),
+    ]
+    for script, arguments, message in cases:
+        if "cuda" in arguments and torch.cuda.is_available():
+            continue
+        with pytest.raises(SystemExit) as stop:
+            run(script, arguments)
+        text = str(stop.value)
+        assert re.search(message, text), (script, arguments, text)
+        assert "\n" not in text and text.startswith("error: "), (script, arguments, text)
+
+
+def test_a_broken_image_stops_a_run_with_its_name(run, photos):
+    (photos / "cat" / "3.png").write_text("not an image")
+    for workers in (0, 1):
+        with pytest.raises(SystemExit, match="^error: .*3.png: not readable"):
+            run("train_diffusion.py", f"--data photos --workers {workers} --batch-size 12 --out w{workers}")
+
+
+def test_an_untrained_decoder_is_noticed(run):
+    run("train_decoder.py", "--steps 1 --save-every 1 --lr 0 --lr-end 0", tiny=False)
+    said = run("train_diffusion.py", "--decoder out/decoder/checkpoint.pt")
+    assert "WARNING: the decoder looks untrained" in said
+
+
+def test_class_count_change_redraws_the_label_table(run, photos):
+    run("train_diffusion.py", "--out a")
+    said = run("train_diffusion.py", "--data photos --out b --init a/checkpoint.pt --lr 0 --lr-end 0")
+    assert "10 classes there, 2 here; the label table is new" in said
+    a, b = load("a/checkpoint.pt")["ema"], load("b/checkpoint.pt")["model"]
+    assert torch.equal(a["blocks.0.attn.qkv.weight"], b["blocks.0.attn.qkv.weight"])
+    assert b["y_embedder.embedding_table.weight"].shape == (3, 96)
