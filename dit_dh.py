@@ -292,17 +292,17 @@ def sample(model, noise, y, grid, cfg=1.0, guide=None, scale=1.0, interval=(0.0,
 
 def export_released(model):
     """State dict under the released names and shapes, for the released code's strict loader."""
-    return {k: v[..., None, None] if k.endswith("embedder.proj.weight") else v for k,
-            v in model.state_dict().items()}
+    return {k: v[..., None, None] if k.endswith("embedder.proj.weight") else v
+            for k, v in model.state_dict().items()}
 
 
 def load_released(state_dict_or_path, heads=None, head_depth=2):
     """DiTDH or plain DiT from a state dict, a released file or a checkpoint of ours (its EMA).
 
-    Widths, depths and grid are read from the shapes and heads from the RoPE tables; where those are missing,
-    heads (a pair) must be given unless the widths are known ones. Where both widths are equal the shapes do
-    not tell the head's depth: it is the checkpoint's or head_depth. What else a checkpoint of ours holds is
-    in the result's `about`. ValueError names a missing, unexpected or misshapen tensor."""
+    Sizes are read from the shapes, heads from the RoPE tables; where those are missing, heads (a pair, or one
+    number for both) must be given unless the widths are known. Where both widths are equal the shapes do not
+    tell the head's depth: it is the checkpoint's or head_depth. What else a checkpoint of ours holds is in
+    the result's `about`. ValueError names a missing, unexpected or misshapen tensor."""
     file, where = state_dict_or_path, "state dict"
     if not isinstance(file, dict):
         file, where = read_file(file), str(file)
@@ -322,6 +322,7 @@ def load_released(state_dict_or_path, heads=None, head_depth=2):
     depth = count - head_depth * wide
     if width[0] != width[1]:
         depth = sum(shape(f"blocks.{i}.norm1.weight")[0] == width[0] for i in range(count))
+    heads = (heads, heads) if isinstance(heads, int) else heads
     tables = any("feat_rope." in key for key in state)
     if heads is None and tables:
         names = ("enc_feat_rope", "dec_feat_rope") if wide else ("feat_rope", "feat_rope")

@@ -551,8 +551,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
 
 def keyed(device, *key):
     """A torch generator that is a function of its integer key."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 class Batches(torch.utils.data.Dataset):
@@ -598,7 +597,7 @@ def parse(parser, presets):
 
 def settings_of(args):
     """The arguments that make a run what it is; a checkpoint holds them, and only their like continues it."""
-    free = {"out", "device", "workers", "eval_every", "save_every"}
+    free = {"out", "device", "workers", "eval_every", "log_every", "sample_every", "save_every"}
     return {k: v for k, v in vars(args).items() if k not in free}
 
 
@@ -609,8 +608,7 @@ def start(args):
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(kind,
-                              int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device {kind}: not on this machine; use --device auto") from None
@@ -626,6 +624,7 @@ def start(args):
 
 
 def autocast(device, args):
+    """bfloat16 matrix products where --precision says so; weights, norms and losses stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
@@ -633,6 +632,12 @@ def say(text):
     """Print on the first process."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, flush=True)
+
+
+def progress(steps, batch_size):
+    """The steps, on a terminal's first process under a bar with images/s and the time left."""
+    off = int(os.environ.get("RANK", 0)) > 0 or not sys.stderr.isatty()
+    return tqdm(steps, unit="image", unit_scale=batch_size, disable=off)
 
 
 def cli(main):
@@ -722,9 +727,7 @@ class Log:
     def __call__(self, **numbers):
         with open(self.path, "a") as f:
             f.write(json.dumps(numbers) + "\n")
-        tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k,
-                             v in numbers.items()
-                             if not isinstance(v, (list, dict))))
+        tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if not isinstance(v, list)))
 
 
 def save_grid(images, path, columns):

@@ -11,19 +11,17 @@ log.jsonl. The same command continues a run that was stopped.
 import argparse
 import copy
 import math
-import sys
 import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from rae import (DECODERS, RAE, Batches, Decoder, Log, Stop, autocast, build_encoder, cli,
                  export_released_decoder, keyed, latent_statistics, load_released_decoder, load_strict,
-                 loader, open_data, parse, psnr, released_file, resume, save_checkpoint, save_grid, say,
-                 settings_of, start, update_ema)
+                 loader, open_data, parse, progress, psnr, released_file, resume, save_checkpoint,
+                 save_grid, say, settings_of, start, update_ema)
 
 # ImageNet: 2,502 steps an epoch of 1,281,167 images, 16 epochs (Table 12; as released where they differ).
 IMAGENET = dict(data="imagenet/train", encoder="dinov2-b", image_size=256, resize=384, size="XL", tau=0.8,
@@ -42,8 +40,8 @@ def learning_rate(step, args):
     """Linear warm-up from 0, then a cosine from lr to lr_end at the last step."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr_end + (args.lr - args.lr_end) * (0.5 + 0.5 * math.cos(math.pi * progress))
+    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr_end + (args.lr - args.lr_end) * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def look(encoder, images, upsample):
@@ -79,7 +77,7 @@ def main():
     p.add_argument("--image-size", type=int, help="pixels of the decoded image")
     p.add_argument("--resize", type=int, help="short side before the random crop (paper: 384 for 256)")
     p.add_argument("--size", choices=DECODERS, help="decoder: width and depth (paper: XL)")
-    p.add_argument("--upsample", type=int, default=1, help="decode to this times the encoder's pixels (6.1: 2)")
+    p.add_argument("--upsample", type=int, default=1, help="decoded pixels per encoder pixel (6.1: 2)")
     p.add_argument("--init", help="start from this decoder: a checkpoint or released:NAME")
     p.add_argument("--tau", type=float, help="noise on the latents, 0 for none (paper: 0.8)")
     p.add_argument("--noise-dist", choices=["uniform", "half-normal"], default="uniform",
@@ -144,15 +142,17 @@ def main():
     stream = loader(batches, first, args)
     shown = np.linspace(0, len(val) - 1, min(256, len(val))).astype(int)
     shown = torch.from_numpy(np.stack([val.load(i, None) for i in shown])).to(device).float() / 255
-    log, stop, began = Log(args.out, first) if rank == 0 else None, Stop(), time.time()
-    for step in tqdm(range(first, args.steps + 1), disable=rank or not sys.stderr.isatty(), unit="step"):
+    log, stop = Log(args.out, first) if rank == 0 else None, Stop()
+    since, began = first, time.time()
+    for step in progress(range(first, args.steps + 1), args.batch_size):
         last = step == args.steps or stop.agreed(world)
-        if rank == 0 and step > first and (step % args.eval_every == 0 or last):
+        if rank == 0 and step > since and (step % args.eval_every == 0 or last):
             rate = (step - since) * args.batch_size / (time.time() - began)
             clean, noisy, pictures = evaluate(averaged, shown, args)
             log(step=step, l1=l1.item(), perceptual=perceptual.item(), lr=lr, images_per_s=rate,
                 psnr=clean, psnr_noisy=noisy)
             save_grid(torch.cat([shown[:16], pictures[:16]]), f"{args.out}/grid_{step:06d}.png", columns=16)
+            since, began = step, time.time()
         if step > first and (step % args.save_every == 0 or last) and rank == 0:
             save_checkpoint(args.out, dict(
                 kind="decoder", step=step, settings=settings, config=decoder.config, encoder=args.encoder,
@@ -161,8 +161,6 @@ def main():
                 optimizer=optimizer.state_dict()))
         if last:
             break
-        if step == first or step % args.eval_every == 0:
-            since, began = step, time.time()
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr

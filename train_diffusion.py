@@ -11,7 +11,6 @@ stopped run.
 
 import argparse
 import copy
-import sys
 import time
 
 import numpy as np
@@ -19,12 +18,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from dit_dh import (SIZES, DiTDH, draw_time, export_released, flow_loss, load_released, shift_alpha,
                     shift_time, time_grid)
 from rae import (Batches, Log, Stop, autocast, cli, keyed, load_rae, load_strict, loader, open_data, parse,
-                 psnr, released_file, resume, save_checkpoint, save_grid, say, settings_of, start, update_ema)
+                 progress, psnr, released_file, resume, save_checkpoint, save_grid, say, settings_of, start,
+                 update_ema)
 from sample import balanced_labels, generate
 
 # ImageNet: batch 1024, 1,252 steps an epoch; 800 epochs, lr 2e-4 held for 40 and linear to 2e-5 (appendix D).
@@ -140,7 +139,7 @@ def main():
         show_pairs(rae, data, args.out, device)
     totals = torch.zeros(3, BINS, device=device)  # sum of losses, count, by bin of t; gradient norms in row 2
     since, began = first, time.time()
-    for step in tqdm(range(first, args.steps + 1), disable=rank or not sys.stderr.isatty(), unit="step"):
+    for step in progress(range(first, args.steps + 1), args.batch_size):
         last = step == args.steps or stop.agreed(world)
         if step > since and (step % args.log_every == 0 or last):
             if world > 1:

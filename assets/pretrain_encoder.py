@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rae import Batches, cli, keyed, open_data, say, start  # noqa: E402
+from rae import Batches, cli, keyed, open_data, progress, say, start  # noqa: E402
 
 
 class MaskedAutoencoder(nn.Module):
@@ -77,8 +76,8 @@ def main():
     batches = Batches(data, args.batch_size, args.seed, True, rank, world)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     say(f"{len(data)} images, {sum(x.numel() for x in model.vit.parameters()) / 1e6:.2f}M parameters")
-    began, bar = time.time(), tqdm(range(args.steps), disable=not sys.stderr.isatty(), unit="step")
-    for step in bar:
+    began = time.time()
+    for step in progress(range(args.steps), args.batch_size):
         lr = args.lr * min(1, (step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -91,8 +90,8 @@ def main():
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % max(1, args.steps // 10) == 0:
-            tqdm.write(f"step {step + 1}  loss {loss.item():.4f}  "
-                       f"{(step + 1) * args.batch_size / (time.time() - began):.0f} images/s")
+            say(f"step {step + 1}  loss {loss.item():.4f}  "
+                f"{(step + 1) * args.batch_size / (time.time() - began):.0f} images/s")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     torch.save({"vit": config, "mean": (0.5,) * 3, "std": (0.5,) * 3,
                 "state_dict": {k: v.cpu() for k, v in model.vit.state_dict().items()}}, args.out)
