@@ -17,6 +17,7 @@ this file.
 
 import math
 import pickle
+from statistics import mode
 
 import torch
 import torch.nn.functional as F
@@ -269,10 +270,11 @@ def sample(model, noise, y, grid, cfg=1.0, guide=None, scale=1.0, interval=(0.0,
     if cfg != 1 and guide is not None:
         raise ValueError("cfg and guide exclude each other: leave cfg at 1 or drop the guide")
     null = torch.full_like(y, model.num_classes)
+    low, high = torch.tensor(interval, dtype=grid.dtype).tolist()  # rounded like the grid
     x = noise
     for now, after in zip(grid[:-1].tolist(), grid[1:].tolist()):
         t = torch.full((len(x),), now, device=x.device)
-        guided = interval[0] <= now <= interval[1]
+        guided = low <= now <= high
         if guided and cfg != 1:
             v, v_null = model(x.repeat(2, 1, 1), t.repeat(2), torch.cat([y, null])).float().chunk(2)
             v = v_null + cfg * (v - v_null)
@@ -311,29 +313,42 @@ def load_released(state_dict_or_path, heads=None, head_depth=2):
         raise ValueError(f"{where}: this is an RAE decoder, not a diffusion model; pass it as --decoder")
     head_depth = file.get("config", {}).get("depth", (0, head_depth))[1]
 
-    def shape(key):
-        if key not in state:
-            raise ValueError(f"{where}: not a diffusion model, tensor {key} is missing")
-        return state[key].shape
+    def size(*places):
+        """What most of the given (tensor, axis) say, so that one wrong tensor is the one that is named."""
+        for key, _ in places:
+            if key not in state:
+                raise ValueError(f"{where}: not a diffusion model, tensor {key} is missing")
+        return mode([state[key].shape[axis] for key, axis in places if state[key].ndim > axis] or [4])
 
     wide = any(key.startswith(("s_embedder.", "s_projector.", "dec_feat_rope.")) for key in state)
-    width = shape("pos_embed")[2], shape("x_embedder.proj.weight")[0]
+    width = (size(("t_embedder.mlp.2.weight", 0), ("y_embedder.embedding_table.weight", 1), ("pos_embed", 2)),
+             size(("final_layer.norm_final.weight", 0), ("final_layer.linear.weight", 1),
+                  ("x_embedder.proj.weight", 0)))
+    latent_dim = size(("final_layer.linear.bias", 0), ("final_layer.linear.weight", 0),
+                      ("x_embedder.proj.weight", 1))
     count = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     depth = count - head_depth * wide
     if width[0] != width[1]:
-        depth = sum(shape(f"blocks.{i}.norm1.weight")[0] == width[0] for i in range(count))
+        depth = sum(size((f"blocks.{i}.norm1.weight", 0), (f"blocks.{i}.norm2.weight", 0),
+                         (f"blocks.{i}.attn.proj.weight", 0)) == width[0] for i in range(count))
     heads = (heads, heads) if isinstance(heads, int) else heads
     tables = any("feat_rope." in key for key in state)
     if heads is None and tables:
         names = ("enc_feat_rope", "dec_feat_rope") if wide else ("feat_rope", "feat_rope")
-        heads = [w // shape(f"{name}.freqs_cos")[1] for name, w in zip(names, width)]
+        heads = []
+        for name, w in zip(names, width):
+            head_dim = size((f"{name}.freqs_cos", 1), (f"{name}.freqs_sin", 1))
+            if w % head_dim:
+                raise ValueError(f"{where}: {name}.freqs_cos has {head_dim} channels, no share of width {w}")
+            heads.append(w // head_dim)
     elif heads is None:
         heads = [{w: h for w, _, h in SIZES.values()}.get(w) for w in width]
         if None in heads:
             raise ValueError(f"{where}: no RoPE tables and widths {width} of no known size; pass heads")
-    model = DiTDH(shape("x_embedder.proj.weight")[1], math.isqrt(shape("pos_embed")[1]), width,
-                  (depth, count - depth), heads, shape("y_embedder.embedding_table.weight")[0] - 1)
-    state = {k: v.flatten(1) if k.endswith("embedder.proj.weight") else v for k, v in state.items()}
+    model = DiTDH(latent_dim, math.isqrt(size(("pos_embed", 1))), width, (depth, count - depth), heads,
+                  size(("y_embedder.embedding_table.weight", 0)) - 1)
+    state = {k: v.flatten(1) if k.endswith("embedder.proj.weight") and v.ndim == 4 else v
+             for k, v in state.items()}
     if not tables:
         state |= {k: v for k, v in model.state_dict().items() if "feat_rope." in k}
     try:
@@ -348,10 +363,13 @@ def load_released(state_dict_or_path, heads=None, head_depth=2):
 def read_file(path):
     """Tensors and plain values of a file; code in a pickle is refused, never run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        file = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: holds more than tensors and is refused, since it could run code") from None
     except Exception as e:                             # torch raises half a dozen kinds for a broken file
         raise ValueError(f"{path}: cannot be read, truncated? ({type(e).__name__})") from None
+    if not isinstance(file, dict):
+        raise ValueError(f"{path}: holds a {type(file).__name__}, not named tensors")
+    return file

@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -174,7 +173,7 @@ def load_encoder(name, size, device):
     """(features, name) of an encoder of rae.py: its tokens, averaged over the image."""
     from rae import build_encoder
     encoder = build_encoder(name, size).to(device)
-    return lambda images: encoder(images.float() / 255).mean(1), f"encoder {name} {encoder.fingerprint()[:8]}"
+    return lambda images: encoder(images.float() / 255).mean(1), f"encoder {name} {encoder.fingerprint[:8]}"
 
 
 # --------------------------------------------------------------------------------------------- the statistics
@@ -208,7 +207,7 @@ class Images:
         try:
             pixels = np.array(Image.open(self.files[i]).convert("RGB"))
             return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-        except OSError as e:
+        except Exception as e:                         # PIL raises half a dozen kinds for broken files
             raise ValueError(f"{self.files[i]}: cannot be read as an image ({e})") from None
 
     def batches(self, num, size):
@@ -225,7 +224,7 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             return {k: file[k] for k in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, AttributeError) as e:
+    except Exception as e:                             # numpy raises half a dozen kinds for other files
         raise ValueError(f"{path}: not an .npz of arrays ({type(e).__name__})") from None
 
 
@@ -235,7 +234,7 @@ def statistics(images, features, num, batch_size, device):
     total = outer = 0
     for batch in tqdm(images.batches(num, batch_size), total=-(-num // batch_size), desc=str(images.source),
                       disable=not sys.stderr.isatty()):
-        f = features(batch.to(device)).double().cpu()                                 # (B, features)
+        f = features(batch.to(device)).cpu().double()                                 # (B, features)
         total, outer = total + f.sum(0), outer + f.T @ f
     mu = total / num
     return mu.numpy(), ((outer - num * torch.outer(mu, mu)) / (num - 1)).numpy()
@@ -263,6 +262,10 @@ def main():
     args = p.parse_args()
     if args.samples == "out/samples.npz" and not Path(args.samples).is_file():
         raise ValueError(f"{args.samples}: no such file; run sample.py first, or name SAMPLES and REFERENCE")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {args.device}: not on this machine") from None
     samples = Images(args.samples)
     kind = args.features or ("encoder:toy" if args.reference == "toy" and not args.weights else "inception")
     if kind.startswith("encoder:"):
@@ -279,7 +282,7 @@ def main():
 
     n, *first = side(samples)
     stored = read_npz(Path(args.reference)) if args.reference.endswith(".npz") else {}
-    if "mu" in stored and kind == "inception":
+    if {"mu", "sigma"} <= stored.keys() and kind == "inception":
         second = stored["mu"], stored["sigma"]
     else:
         reference = Images(args.reference)

@@ -23,6 +23,7 @@ import pickle
 import signal
 import sys
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 import torch
@@ -201,6 +202,17 @@ ENCODERS = {
 }
 
 
+UNUSED = ("head.", "fc_norm.", "attn_pool.")            # parts of a ViT that an encoder never runs
+
+
+def fingerprint(tensors):
+    """Short hash of a dict of tensors: what a decoder is bound to, and what a diffusion model."""
+    digest = hashlib.sha256()
+    for key, value in tensors.items():
+        digest.update(key.encode() + value.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class Encoder(nn.Module):
     """A frozen timm VisionTransformer as a latent space: images (B, 3, H, W) in [0, 1] -> tokens (B, N, C).
 
@@ -215,6 +227,8 @@ class Encoder(nn.Module):
         if input_size % patch:
             raise ValueError(f"encoder input {input_size} is not a multiple of its patch {patch}")
         self.input_size, self.grid, self.dim = input_size, input_size // patch, vit.embed_dim
+        self.fingerprint = fingerprint({k: v for k, v in vit.state_dict().items()        # of what is used, as
+                                        if not k.startswith(("norm.", *UNUSED))})        # it was in the file
         if vit.pos_embed is not None:
             prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
             vit.pos_embed = nn.Parameter(resample_abs_pos_embed(
@@ -236,13 +250,6 @@ class Encoder(nn.Module):
                                    align_corners=False)
         tokens = self.vit.forward_features((images - self.mean) / self.std)           # (B, prefix + N, C)
         return tokens[:, self.vit.num_prefix_tokens:]                                 # (B, N, C)
-
-    def fingerprint(self):
-        """Hash of the weights: what a decoder or a latent is bound to."""
-        digest = hashlib.sha256()
-        for key, value in self.vit.state_dict().items():
-            digest.update(key.encode() + value.detach().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
 
 def build_encoder(name, image_size, weights=None):
@@ -276,9 +283,8 @@ def build_encoder(name, image_size, weights=None):
     if not isinstance(vit, VisionTransformer):
         raise ValueError(f"encoder {name}: {model} is not a plain ViT")
     if weights is not None:
-        state = {k: v for k, v in read_file(weights).items()                          # heads are never run
-                 if not k.startswith(("head.", "fc_norm.", "attn_pool."))}
-        load_strict(vit, state, weights, ignore=("attn_pool.", "fc_norm."))
+        state = {k: v for k, v in read_file(weights).items() if not k.startswith(UNUSED)}
+        load_strict(vit, state, weights, ignore=UNUSED)
     patch = vit.patch_embed.patch_size[0]
     ratio = ratio or (1 if image_size % patch == 0 else patch / 16)
     mean, std = norm or (vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
@@ -311,6 +317,8 @@ class Decoder(nn.Module):
 
     def __init__(self, latent_dim, grid, patch_size, width, depth, heads, mlp_dim):
         super().__init__()
+        if width % 4 or width % heads:
+            raise ValueError(f"decoder width {width}: not a multiple of 4 and of {heads} heads")
         self.config = dict(latent_dim=latent_dim, grid=grid, patch_size=patch_size, width=width, depth=depth,
                            heads=heads, mlp_dim=mlp_dim)
         self.latent_dim, self.grid, self.patch_size = latent_dim, grid, patch_size
@@ -365,6 +373,10 @@ class RAE(nn.Module):
         self.register_buffer("mean", mean.flatten(1).T.contiguous().float())          # (N, C)
         self.register_buffer("std", std.flatten(1).T.contiguous().float())            # (N, C)
 
+    def fingerprint(self):
+        """Hash of the latent space, encoder and statistics, that a diffusion model is trained in."""
+        return fingerprint({self.encoder.fingerprint: torch.zeros(0), "mean": self.mean, "std": self.std})
+
     def noised(self, tokens, generators=None):
         """Raw tokens (B, N, C), in train() mode with noise, from one generator per image or torch's own."""
         if not (self.training and self.tau):
@@ -394,7 +406,7 @@ def latent_statistics(encoder, data, batch_size, device, rank=0, world=1):
     sets."""
     sums = torch.zeros(2, encoder.grid ** 2, encoder.dim, dtype=torch.float64)
     mine = range(rank, len(data), world)
-    for start in range(0, len(mine), batch_size):
+    for start in progress(range(0, len(mine), batch_size), batch_size):
         images = torch.from_numpy(np.stack([data.load(i, None) for i in mine[start:start + batch_size]]))
         images = images.to(device).float() / 255
         for x in (images, images.flip(-1)):
@@ -457,19 +469,25 @@ def load_released_decoder(state_dict_or_path, heads=None):
     if any(key.startswith("blocks.") for key in state):
         raise ValueError(f"{where}: this is a diffusion model, not an RAE decoder")
 
-    def shape(key):
-        if key not in state:
-            raise ValueError(f"{where}: not an RAE decoder, tensor {key} is missing")
-        return state[key].shape
+    def size(*places):
+        """What most of the given (tensor, axis) say, so that one wrong tensor is the one that is named."""
+        for key, _ in places:
+            if key not in state:
+                raise ValueError(f"{where}: not an RAE decoder, tensor {key} is missing")
+        return mode([state[key].shape[axis] for key, axis in places if state[key].ndim > axis] or [4])
 
-    width, latent_dim = shape("decoder_embed.weight")
+    width = size(("decoder_norm.weight", 0), ("decoder_pos_embed", 2), ("decoder_embed.weight", 0))
+    pixels = size(("decoder_pred.bias", 0), ("decoder_pred.weight", 0))
+    tokens = size(("decoder_pos_embed", 1)) - 1
+    first = "decoder_layers.0."
     heads = heads or {w: h for w, _, h, _ in DECODERS.values()}.get(width)
     if heads is None:
         raise ValueError(f"{where}: a decoder of width {width} is of no known size; pass heads")
     depth = len({key.split(".")[1] for key in state if key.startswith("decoder_layers.")})
-    decoder = Decoder(latent_dim, math.isqrt(shape("decoder_pos_embed")[1] - 1),
-                      math.isqrt(shape("decoder_pred.weight")[0] // 3), width, depth, heads,
-                      shape("decoder_layers.0.intermediate.dense.weight")[0])
+    mlp_dim = size((first + "intermediate.dense.bias", 0), (first + "intermediate.dense.weight", 0),
+                   (first + "output.dense.weight", 1))
+    decoder = Decoder(size(("decoder_embed.weight", 1)), math.isqrt(tokens), math.isqrt(pixels // 3), width,
+                      depth, heads, mlp_dim)
     load_strict(export_released_decoder(decoder), state, where)
     decoder.about = {k: v for k, v in file.items()
                      if k not in ("ema", "model", "optimizer")} if "ema" in file else {}
@@ -497,11 +515,14 @@ def read_file(path):
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        file = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: holds more than tensors and is refused, since it could run code") from None
     except Exception as e:                       # torch and safetensors raise a dozen kinds for a broken file
         raise ValueError(f"{path}: cannot be read, truncated? ({type(e).__name__})") from None
+    if not isinstance(file, dict):
+        raise ValueError(f"{path}: holds a {type(file).__name__}, not named tensors")
+    return file
 
 
 def released_file(name, kind=0):
@@ -534,9 +555,9 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     image_size = about.get("image_size", 16 * decoder.grid)
     weights = encoder_weights or about.get("settings", {}).get("encoder_weights")
     frozen = build_encoder(encoder, image_size, weights)
-    if about.get("encoder_hash", frozen.fingerprint()) != frozen.fingerprint():
+    if about.get("encoder_hash", frozen.fingerprint) != frozen.fingerprint:
         raise ValueError(f"{name}: made for encoder weights {about['encoder_hash']}, but {encoder} now has "
-                         f"{frozen.fingerprint()}; train the decoder again or restore those weights")
+                         f"{frozen.fingerprint}; train the decoder again or restore those weights")
     stat = read_file(stats) if stats else about
     if "var" not in stat:
         raise ValueError(f"{stats or name}: no latent statistics (var, mean) in it; pass --stats FILE")
@@ -551,7 +572,12 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
 
 def keyed(device, *key):
     """A torch generator that is a function of its integer key."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    return torch.Generator(device).manual_seed(int(keyed_numpy(*key).integers(2 ** 63)))
+
+
+def keyed_numpy(*key):
+    """A numpy generator likewise. numpy takes (a, b) and (a, b, 0) for one seed, so the length goes first."""
+    return np.random.default_rng((len(key), *key))
 
 
 class Batches(torch.utils.data.Dataset):
@@ -567,14 +593,14 @@ class Batches(torch.utils.data.Dataset):
     def index(self, position):
         epoch, offset = divmod(position, len(self.data))
         if epoch != self.epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            self.epoch, self.order = epoch, rng.permutation(len(self.data))
+            self.epoch = epoch
+            self.order = keyed_numpy(self.seed, epoch).permutation(len(self.data))
         return self.order[offset]
 
     def __getitem__(self, step):
         indices, images = [self.index(step * self.batch_size + row) for row in self.rows], []
         for index, row in zip(indices, self.rows):
-            rng = np.random.default_rng((self.seed, step, row))
+            rng = keyed_numpy(self.seed, step, row)
             image = self.data.load(index, rng)
             images.append(image[:, :, ::-1] if self.flip and rng.random() < 0.5 else image)
         return torch.from_numpy(np.stack(images)), torch.from_numpy(self.data.labels[indices])
@@ -582,8 +608,21 @@ class Batches(torch.utils.data.Dataset):
 
 def loader(batches, first, args):
     """Iterator over the steps from `first` on, read ahead by --workers processes."""
-    return iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, args.steps),
-                                            num_workers=args.workers, pin_memory=torch.cuda.is_available()))
+    return iter(torch.utils.data.DataLoader(
+        batches, batch_size=None, sampler=range(first, args.steps), num_workers=args.workers,
+        pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_interrupts))
+
+
+def ignore_interrupts(worker):
+    """Ctrl-C reaches the workers too; they must live until the main process has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def positive(text):
+    """argparse type of a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: not a whole number above 0")
+    return int(text)
 
 
 def parse(parser, presets):
@@ -695,15 +734,17 @@ def resume(out, kind, settings):
 
     ValueError if the folder holds something else or a run with other settings (the differences are named)."""
     out, file = Path(out), None
-    for path in (out / "checkpoint.pt", out / "previous.pt"):
-        if file is None and path.exists():
+    paths = [path for path in (out / "checkpoint.pt", out / "previous.pt") if path.exists()]
+    for path in paths:
+        if file is None:
             try:
                 file = read_file(path)
             except ValueError as e:
                 say(f"{e}; trying the one before")
     if file is None:
-        if out.exists() and any(out.iterdir()) and not (out / "log.jsonl").exists():
-            raise ValueError(f"{out}: not empty and not a run of ours; pass another --out")
+        early = {"log.jsonl", "pairs.png", "checkpoint.tmp"}            # a run that was killed at its start
+        if paths or out.exists() and {f.name for f in out.iterdir()} - early:
+            raise ValueError(f"{out}: not empty, without a whole checkpoint of ours; pass another --out")
         return None
     if file.get("kind") != kind:
         raise ValueError(f"{out}: holds a {file.get('kind')} run, not a {kind} run; pass another --out")

@@ -5,8 +5,8 @@
     python sample.py --preset imagenet256 --guide released:DiTDH-S-256 --scale 1.42 --num 50000 --out x.npz
 
 --out x.png is a grid of up to 100 pictures with x.npz of all beside it; x.npz alone holds uint8 (N, H, W, 3)
-as ADM's evaluator wants it; anything else is a folder of PNGs. Sample i is a function of (seed, i) and its
-label alone.
+as ADM's evaluator wants it; anything else is a folder of PNGs. Sample i depends on (seed, i) and its label,
+not on the batch it is drawn in.
 """
 
 import argparse
@@ -20,14 +20,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit_dh import load_released, sample, shift_alpha, time_grid
-from rae import autocast, cli, keyed, load_rae, parse, released_file, save_grid, say, start, to_uint8
+from rae import (autocast, cli, keyed, load_rae, parse, positive, released_file, save_grid, say, start,
+                 to_uint8)
 
 PRESETS = {
-    "toy": dict(ckpt="out/diffusion/checkpoint.pt", decoder=None, num=500, cfg=1.5, batch_size=250),
-    "imagenet256": dict(ckpt="released:DiTDH-XL-256", decoder="released:dinov2-b",
-                        num=64, cfg=1.0, batch_size=64),
-    "imagenet512": dict(ckpt="released:DiTDH-XL-512", decoder="released:dinov2-b-512",
-                        num=64, cfg=1.0, batch_size=32),
+    "toy": dict(ckpt="out/diffusion/checkpoint.pt", num=500, cfg=1.5, batch_size=250),
+    "imagenet256": dict(ckpt="released:DiTDH-XL-256", num=64, cfg=1.0, batch_size=64),
+    "imagenet512": dict(ckpt="released:DiTDH-XL-512", num=64, cfg=1.0, batch_size=32),
 }
 
 
@@ -51,8 +50,8 @@ def check_fit(name, model, rae):
     if (model.latent_dim, model.grid) != (rae.encoder.dim, rae.encoder.grid):
         raise ValueError(f"{name}: made for {model.grid ** 2} tokens x {model.latent_dim}, the decoder's are "
                          f"{rae.encoder.grid ** 2} x {rae.encoder.dim}; pass the --decoder of its training")
-    if model.about.get("encoder_hash", rae.encoder.fingerprint()) != rae.encoder.fingerprint():
-        raise ValueError(f"{name}: trained on the latents of another encoder; pass the --decoder of that one")
+    if model.about.get("latents", rae.fingerprint()) != rae.fingerprint():
+        raise ValueError(f"{name}: trained in other latents (encoder or statistics); pass their --decoder")
 
 
 def main():
@@ -64,9 +63,10 @@ def main():
     p.add_argument("--encoder", help="encoder that a bare released decoder belongs to")
     p.add_argument("--encoder-weights", help="local file of the encoder's weights")
     p.add_argument("--stats", help="latent statistics file of a bare released decoder")
-    p.add_argument("--num", type=int, help="samples")
-    p.add_argument("--classes", help="comma-separated labels; default: all, balanced")
-    p.add_argument("--steps", type=int, default=50, help="evaluations (released: 49 with --t-last 0.001)")
+    p.add_argument("--num", type=positive, help="samples")
+    p.add_argument("--classes", help="labels like 0,3,7, or null for none; default: all, balanced")
+    p.add_argument("--steps", type=positive, default=50,
+                   help="evaluations (released: 49 with --t-last 0.001)")
     p.add_argument("--t-last", type=float, default=0.0, help="time of the last point, before the shift")
     p.add_argument("--alpha", type=float, help="schedule shift; default: the run's, else sqrt(N C / 4096)")
     p.add_argument("--cfg", type=float, help="classifier-free guidance, 1 for none")
@@ -76,7 +76,7 @@ def main():
                    help="times that are guided")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--out", default="out/samples.png", help="x.png, x.npz or a folder")
-    p.add_argument("--batch-size", type=int, help="samples at once")
+    p.add_argument("--batch-size", type=positive, help="samples at once")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda")
     args = parse(p, PRESETS)
@@ -91,20 +91,29 @@ def main():
 
     model = load_released(released_file(args.ckpt)).to(device)
     settings = model.about.get("settings", {})
-    files = [getattr(args, k) or settings.get(k) for k in ("decoder", "encoder", "encoder_weights", "stats")]
-    rae = load_rae(*files, device)
+    files = {k: getattr(args, k) or settings.get(k)
+             for k in ("decoder", "encoder", "encoder_weights", "stats")}
+    if args.ckpt.startswith("released:") and not files["decoder"]:
+        files["decoder"] = "released:dinov2-b" + ("-512" if args.ckpt.endswith("512") else "")
+    if not files["decoder"]:
+        raise ValueError(f"{args.ckpt}: the file does not name its decoder; pass --decoder")
+    rae = load_rae(**files, device=device)
     check_fit(args.ckpt, model, rae)
     guidance = dict(cfg=args.cfg, interval=args.interval)
     if args.guide:
         guide = load_released(released_file(args.guide)).to(device)
         check_fit(args.guide, guide, rae)
+        if guide.num_classes != model.num_classes:
+            raise ValueError(f"{args.guide}: has {guide.num_classes} classes, the model {model.num_classes}")
         guidance |= dict(cfg=1.0, guide=guide, scale=args.scale)
-    classes = [model.num_classes] if settings.get("unconditional") else list(range(model.num_classes))
-    if args.classes:
+    classes = list(range(model.num_classes))
+    if args.classes == "null" or settings.get("unconditional"):
+        classes = [model.num_classes]
+    elif args.classes:
         try:
             classes = [int(c) for c in args.classes.split(",")]
         except ValueError:
-            raise ValueError(f"--classes {args.classes}: wants numbers like 0,3,7") from None
+            raise ValueError(f"--classes {args.classes}: wants numbers like 0,3,7 or null") from None
         wrong = [c for c in classes if not 0 <= c < model.num_classes]
         if wrong:
             raise ValueError(f"--classes {wrong[0]}: out of range 0 to {model.num_classes - 1}")

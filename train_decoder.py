@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rae import (DECODERS, RAE, Batches, Decoder, Log, Stop, autocast, build_encoder, cli,
                  export_released_decoder, keyed, latent_statistics, load_released_decoder, load_strict,
-                 loader, open_data, parse, progress, psnr, released_file, resume, save_checkpoint,
+                 loader, open_data, parse, positive, progress, psnr, released_file, resume, save_checkpoint,
                  save_grid, say, settings_of, start, update_ema)
 
 # ImageNet: 2,502 steps an epoch of 1,281,167 images, 16 epochs (Table 12; as released where they differ).
@@ -28,7 +28,7 @@ IMAGENET = dict(data="imagenet/train", encoder="dinov2-b", image_size=256, resiz
                 perceptual=1.0, batch_size=512, steps=40032, lr=2e-4, lr_end=2e-5, warmup=2502, ema=0.9978,
                 workers=12, eval_every=2500, save_every=2500)
 PRESETS = {
-    "toy": dict(data="toy", encoder="toy", image_size=32, resize=32, size="toy", tau=0.8,
+    "toy": dict(data="toy", encoder="toy", image_size=32, size="toy", tau=0.8,
                 perceptual=0.1, batch_size=64, steps=800, lr=2e-3, lr_end=1e-4, warmup=50, ema=0.99,
                 workers=0, eval_every=200, save_every=400),
     "imagenet256": IMAGENET,
@@ -74,30 +74,32 @@ def main():
     p.add_argument("--val-data", help="folder to evaluate on; without it training images serve")
     p.add_argument("--encoder", help="toy, dinov2-{s,b,l}, siglip2-b, mae-b, timm:MODEL or a file")
     p.add_argument("--encoder-weights", help="local file of the encoder's weights, timm's names")
-    p.add_argument("--image-size", type=int, help="pixels of the decoded image")
-    p.add_argument("--resize", type=int, help="short side before the random crop (paper: 384 for 256)")
+    p.add_argument("--image-size", type=positive, help="pixels of the decoded image")
+    p.add_argument("--resize", type=int, help="short side before a random crop (paper: 384); unset: centre")
     p.add_argument("--size", choices=DECODERS, help="decoder: width and depth (paper: XL)")
-    p.add_argument("--upsample", type=int, default=1, help="decoded pixels per encoder pixel (6.1: 2)")
+    p.add_argument("--upsample", type=positive, default=1, help="decoded pixels per encoder pixel (6.1: 2)")
     p.add_argument("--init", help="start from this decoder: a checkpoint or released:NAME")
     p.add_argument("--tau", type=float, help="noise on the latents, 0 for none (paper: 0.8)")
     p.add_argument("--noise-dist", choices=["uniform", "half-normal"], default="uniform",
                    help="sigma = tau U(0, 1), as released, or |N(0, tau^2)|, the paper's")
     p.add_argument("--perceptual", type=float, help="weight of the encoder-feature loss")
-    p.add_argument("--steps", type=int, help="optimiser steps")
-    p.add_argument("--batch-size", type=int, help="images a step, over all processes (paper: 512)")
+    p.add_argument("--steps", type=positive, help="optimiser steps")
+    p.add_argument("--batch-size", type=positive, help="images a step, over all processes (paper: 512)")
     p.add_argument("--lr", type=float, help="peak learning rate (paper: 2e-4)")
     p.add_argument("--lr-end", type=float, help="learning rate at the end (paper: 2e-5)")
     p.add_argument("--warmup", type=int, help="steps of linear warm-up (paper: 1 of 16 epochs)")
     p.add_argument("--ema", type=float, help="decay of the averaged decoder (paper: 0.9978)")
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--out", default="out/decoder", help="folder of the run")
-    p.add_argument("--eval-every", type=int, help="steps between evaluations")
-    p.add_argument("--save-every", type=int, help="steps between checkpoints")
+    p.add_argument("--eval-every", type=positive, help="steps between evaluations")
+    p.add_argument("--save-every", type=positive, help="steps between checkpoints")
     p.add_argument("--workers", type=int, help="processes that read images")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda")
     args = parse(p, PRESETS)
     settings = settings_of(args)
+    if args.resize and args.resize < args.image_size:
+        raise ValueError(f"--resize {args.resize} is below --image-size {args.image_size}")
     if args.image_size % args.upsample:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of --upsample {args.upsample}")
     device, rank, world = start(args)
@@ -106,22 +108,21 @@ def main():
         return say(f"{args.out}: finished already; its decoder is {args.out}/checkpoint.pt")
 
     # Images, frozen encoder, statistics of its latents (one exact pass), decoder and its average.
-    random_crop = None if args.resize == args.image_size else args.resize
-    data = open_data(args.data, args.image_size, short=random_crop)
+    data = open_data(args.data, args.image_size, short=args.resize)
     size = args.image_size // args.upsample            # what the encoder sees
-    centred = data if size == args.image_size == args.resize else open_data(args.data, size)
+    centred = data if args.upsample == 1 and not args.resize else open_data(args.data, size)
     val = open_data(args.val_data or args.data, args.image_size, "val")
     encoder = build_encoder(args.encoder, size, args.encoder_weights).to(device)
     if run:
         mean, var = run["mean"], run["var"]
     else:
         say(f"latent statistics of {len(data)} images, both flips")
-        mean, var = latent_statistics(encoder, centred, 256, device, rank, world)
+        mean, var = latent_statistics(encoder, centred, args.batch_size // world, device, rank, world)
     torch.manual_seed(args.seed)
     width, depth, heads, mlp_dim = DECODERS[args.size]
     patch = args.image_size // encoder.grid
     decoder = Decoder(encoder.dim, encoder.grid, patch, width, depth, heads, mlp_dim)
-    if args.init:
+    if args.init and not run:
         load_strict(decoder, load_released_decoder(released_file(args.init)).state_dict(), args.init)
     if run:
         load_strict(decoder, run["model"], args.out)
@@ -138,6 +139,7 @@ def main():
         f"{sum(x.numel() for x in decoder.parameters()) / 1e6:.1f}M parameters, {len(data)} images")
 
     first = run["step"] if run else 0
+    del run                                            # its tensors are copied by now
     batches = Batches(data, args.batch_size, args.seed, False, rank, world)
     stream = loader(batches, first, args)
     shown = np.linspace(0, len(val) - 1, min(256, len(val))).astype(int)
@@ -153,10 +155,10 @@ def main():
                 psnr=clean, psnr_noisy=noisy)
             save_grid(torch.cat([shown[:16], pictures[:16]]), f"{args.out}/grid_{step:06d}.png", columns=16)
             since, began = step, time.time()
-        if step > first and (step % args.save_every == 0 or last) and rank == 0:
+        if rank == 0 and (step > first or not first) and (step % args.save_every == 0 or last):
             save_checkpoint(args.out, dict(
                 kind="decoder", step=step, settings=settings, config=decoder.config, encoder=args.encoder,
-                encoder_hash=encoder.fingerprint(), image_size=size, mean=mean, var=var,
+                encoder_hash=encoder.fingerprint, image_size=size, mean=mean, var=var,
                 ema=export_released_decoder(ema), model=decoder.state_dict(),
                 optimizer=optimizer.state_dict()))
         if last:

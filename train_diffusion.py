@@ -21,9 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dit_dh import (SIZES, DiTDH, draw_time, export_released, flow_loss, load_released, shift_alpha,
                     shift_time, time_grid)
-from rae import (Batches, Log, Stop, autocast, cli, keyed, load_rae, load_strict, loader, open_data, parse,
-                 progress, psnr, released_file, resume, save_checkpoint, save_grid, say, settings_of, start,
-                 update_ema)
+from rae import (Batches, Log, Stop, autocast, cli, keyed, keyed_numpy, load_rae, load_strict, loader,
+                 open_data, parse, positive, progress, psnr, released_file, resume, save_checkpoint,
+                 save_grid, say, settings_of, start, update_ema)
 from sample import balanced_labels, generate
 
 # ImageNet: batch 1024, 1,252 steps an epoch; 800 epochs, lr 2e-4 held for 40 and linear to 2e-5 (appendix D).
@@ -49,6 +49,8 @@ def transformer_size(text, depth=None):
         width, depth, heads = (int(x) for x in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text}: not width,depth,heads or {' '.join(SIZES)}") from None
+    if min(width, depth, heads) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: all three must be above 0")
     return width, depth, heads
 
 
@@ -60,8 +62,7 @@ def learning_rate(step, args):
 def draws(args, device, step, rows, shape):
     """What chance decides for the rows of a step, from (seed, step, row): t before the shift, label
     kept or dropped, noise. Row batch_size is no row: its key serves the numbers drawn for all rows."""
-    rng = np.random.default_rng((args.seed, step, args.batch_size))
-    u = rng.random((args.batch_size, 2), dtype=np.float32)
+    u = keyed_numpy(args.seed, step, args.batch_size).random((args.batch_size, 2), dtype=np.float32)
     u = torch.from_numpy(u[rows.start:rows.stop])                                     # (b, 2)
     noise = [torch.randn(shape, generator=keyed(device, args.seed, step, row), device=device) for row in rows]
     t, keep = draw_time(u[:, 0], args.time), u[:, 1] >= args.label_drop
@@ -85,8 +86,8 @@ def main():
     p.add_argument("--time", choices=["logit-normal", "uniform"], default="logit-normal",
                    help="t before the shift")
     p.add_argument("--label-drop", type=float, default=0.1, help="share of labels dropped, for guidance")
-    p.add_argument("--steps", type=int, help="optimiser steps")
-    p.add_argument("--batch-size", type=int, help="images a step, over all processes (paper: 1024)")
+    p.add_argument("--steps", type=positive, help="optimiser steps")
+    p.add_argument("--batch-size", type=positive, help="images a step, over all processes (paper: 1024)")
     p.add_argument("--lr", type=float, help="learning rate (paper: 2e-4)")
     p.add_argument("--lr-end", type=float, help="learning rate at the end (paper: 2e-5)")
     p.add_argument("--hold", type=int, help="steps before the rate falls (paper: 40 of 800 epochs)")
@@ -95,9 +96,9 @@ def main():
     p.add_argument("--cfg", type=float, help="guidance of the preview samples")
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--out", default="out/diffusion", help="folder of the run")
-    p.add_argument("--log-every", type=int, help="steps between lines of the log")
-    p.add_argument("--sample-every", type=int, help="steps between sample grids")
-    p.add_argument("--save-every", type=int, help="steps between checkpoints")
+    p.add_argument("--log-every", type=positive, help="steps between lines of the log")
+    p.add_argument("--sample-every", type=positive, help="steps between sample grids")
+    p.add_argument("--save-every", type=positive, help="steps between checkpoints")
     p.add_argument("--workers", type=int, help="processes that read images")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda")
@@ -110,6 +111,8 @@ def main():
 
     # Images, the frozen RAE, the model and its average.
     rae = load_rae(args.decoder, args.encoder, args.encoder_weights, args.stats, device)
+    if run and run["latents"] != rae.fingerprint():
+        raise ValueError(f"{args.decoder}: its latents are not those of {args.out}; pass another --out")
     data = open_data(args.data, rae.image_size)
     shape = rae.mean.shape                                                            # (N, C)
     alpha = args.alpha or shift_alpha(*shape)
@@ -133,9 +136,10 @@ def main():
         f"alpha {alpha:.3f}; DiT {width} x {depth}, {sum(x.numel() for x in model.parameters()) / 1e6:.1f}M")
 
     first = run["step"] if run else 0
+    del run                                            # its tensors are copied by now
     batches = Batches(data, args.batch_size, args.seed, True, rank, world)
     stream, log, stop = loader(batches, first, args), Log(args.out, first) if rank == 0 else None, Stop()
-    if rank == 0 and not run:
+    if rank == 0 and first == 0:
         show_pairs(rae, data, args.out, device)
     totals = torch.zeros(3, BINS, device=device)  # sum of losses, count, by bin of t; gradient norms in row 2
     since, began = first, time.time()
@@ -158,10 +162,10 @@ def main():
             with autocast(device, args):
                 pictures = generate(rae, ema, labels, time_grid(25, alpha), args.seed, cfg=args.cfg)
             save_grid(pictures, f"{args.out}/samples_{step:07d}.png", columns=len(classes))
-        if rank == 0 and step > first and (step % args.save_every == 0 or last):
+        if rank == 0 and (step > first or not first) and (step % args.save_every == 0 or last):
             save_checkpoint(args.out, dict(
                 kind="diffusion", step=step, settings=settings, alpha=alpha, config=model.config,
-                classes=data.classes, encoder_hash=rae.encoder.fingerprint(), ema=export_released(ema),
+                classes=data.classes, latents=rae.fingerprint(), ema=export_released(ema),
                 model=model.state_dict(), optimizer=optimizer.state_dict()))
         if last:
             break

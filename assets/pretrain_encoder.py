@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rae import Batches, cli, keyed, open_data, progress, say, start  # noqa: E402
+from rae import Batches, cli, keyed, open_data, positive, progress, say, start  # noqa: E402
 
 
 class MaskedAutoencoder(nn.Module):
-    def __init__(self, vit, depth=1, heads=4):
+    def __init__(self, vit, heads, depth=1):
         super().__init__()
         from timm.models.vision_transformer import Block
         n, width, self.patch = vit.patch_embed.num_patches, vit.embed_dim, vit.patch_embed.patch_size[0]
@@ -49,14 +49,14 @@ def main():
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", default="toy", help="toy, or a folder of images")
     p.add_argument("--out", default="out/encoder.pt", help="the file to write")
-    p.add_argument("--image-size", type=int, default=32, help="pixels")
-    p.add_argument("--patch", type=int, default=8, help="pixels of a token's side")
-    p.add_argument("--width", type=int, default=64, help="channels C of a token")
-    p.add_argument("--depth", type=int, default=4, help="blocks")
-    p.add_argument("--heads", type=int, default=4, help="attention heads")
+    p.add_argument("--image-size", type=positive, default=32, help="pixels")
+    p.add_argument("--patch", type=positive, default=8, help="pixels of a token's side")
+    p.add_argument("--width", type=positive, default=64, help="channels C of a token")
+    p.add_argument("--depth", type=positive, default=4, help="blocks")
+    p.add_argument("--heads", type=positive, default=4, help="attention heads")
     p.add_argument("--mask", type=float, default=0.5, help="share of hidden patches")
-    p.add_argument("--steps", type=int, default=1500, help="optimiser steps")
-    p.add_argument("--batch-size", type=int, default=128, help="images a step")
+    p.add_argument("--steps", type=positive, default=1500, help="optimiser steps")
+    p.add_argument("--batch-size", type=positive, default=128, help="images a step")
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -65,13 +65,15 @@ def main():
     device, rank, world = start(args)
     if world > 1:
         raise ValueError("pretrain_encoder.py is for one process; run it without torchrun")
+    if args.image_size % args.patch or args.width % args.heads:
+        raise ValueError("--image-size must be a multiple of --patch, and --width of --heads")
     if Path(args.out).exists():
         raise ValueError(f"{args.out}: exists already; remove it or pass another --out")
     from timm.models.vision_transformer import VisionTransformer
     torch.manual_seed(args.seed)
     config = dict(img_size=args.image_size, patch_size=args.patch, embed_dim=args.width, depth=args.depth,
                   num_heads=args.heads, num_classes=0, class_token=False, global_pool="")
-    model = MaskedAutoencoder(VisionTransformer(**config)).to(device)
+    model = MaskedAutoencoder(VisionTransformer(**config), args.heads).to(device)
     data = open_data(args.data, args.image_size)
     batches = Batches(data, args.batch_size, args.seed, True, rank, world)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)

@@ -1,4 +1,4 @@
-"""The default diffusion run on the shipped weights, its samples and their score: above the bars of quality.py."""
+"""The default diffusion run on the shipped weights: its samples, their score, the bars of quality.py."""
 
 import shutil
 import subprocess

@@ -290,7 +290,7 @@ def test_checkpoints_survive(tmp_path, monkeypatch):
         R.resume(tmp_path, "decoder", {"lr": 2})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match="not a run of ours"):
+    with pytest.raises(ValueError, match="without a whole checkpoint"):
         R.resume(tmp_path / "other", "decoder", settings)
 
 

@@ -70,9 +70,9 @@ FLAGS = {
         "--tau 0.5 --perceptual 0 --steps 3 --batch-size 4 --lr 0.001 --lr-end 0.0001 --warmup 1 --ema "
         "0.9 --seed 2 --out d/a --eval-every 2 --save-every 2 --workers 1 --device cpu --precision bf16 "
         "--noise-dist half-normal",
-        "--image-size 64 --resize 64 --upsample 2 --steps 2 --batch-size 4 --out d/up",
+        "--image-size 64 --upsample 2 --steps 2 --batch-size 4 --out d/up",
         "--data photos --encoder e/enc.pt --image-size 24 --steps 2 --batch-size 4 --out d/b",
-        "--data photos --encoder e/enc.pt --image-size 24 --resize 24 --steps 2 --batch-size 4 --out d/c "
+        "--data photos --encoder e/enc.pt --image-size 24 --steps 2 --batch-size 4 --out d/c "
         "--init d/b/checkpoint.pt",
         "--preset imagenet256 --data photos --encoder timm:vit_tiny_patch16_224 --encoder-weights tiny.pt "
         "--size B --image-size 32 --resize 40 --steps 1 --batch-size 2 --workers 0 --out d/preset",
@@ -215,7 +215,7 @@ def test_mistakes_end_in_one_line(run, tmp_path, photos):
     torch.save({"ema": {}}, "nothing.pt")
     open("half.pt", "wb").write(open(DIFFUSION, "rb").read()[:4000])
     wrong = load(DIFFUSION)
-    torch.save(wrong | {"encoder_hash": "0" * 16}, "other.pt")
+    torch.save(wrong | {"latents": "0" * 16}, "other.pt")
     run("assets/pretrain_encoder.py", "--width 32 --out small.pt")
     run("train_decoder.py", "--encoder small.pt --out small")
     toy = str(ROOT / "assets" / "toy_decoder.pt")
@@ -234,7 +234,7 @@ def test_mistakes_end_in_one_line(run, tmp_path, photos):
         ("train_diffusion.py", "--seed 7", "seed 0 there, 7 here"),
         ("sample.py", f"--ckpt {toy}", "this is an RAE decoder"),
         ("sample.py", "--ckpt half.pt", "half.pt: cannot be read, truncated"),
-        ("sample.py", "--ckpt other.pt", "latents of another encoder"),
+        ("sample.py", "--ckpt other.pt", "trained in other latents"),
         ("sample.py", "--decoder small/checkpoint.pt", "16 tokens x 64, the decoder's are 16 x 32"),
         ("sample.py", "--classes 3,10", "--classes 10: out of range 0 to 9"),
         ("sample.py", "--classes a", "--classes a: wants numbers"),
