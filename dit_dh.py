@@ -110,15 +110,6 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))          # (B, N, D)
 
 
-class TokenEmbedder(nn.Module):
-    def __init__(self, latent_dim, width):
-        super().__init__()
-        self.proj = nn.Linear(latent_dim, width)
-
-    def forward(self, x):
-        return self.proj(x).float()                    # the residual stream stays float32 under autocast
-
-
 class TimeEmbedder(nn.Module):
     """t (B,) -> (B, D) by 256 random frequencies and a small MLP."""
 
@@ -130,17 +121,6 @@ class TimeEmbedder(nn.Module):
     def forward(self, t):
         angle = 2 * math.pi * t[:, None].float() * self.W                             # (B, 256)
         return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
-
-
-class LabelEmbedder(nn.Module):
-    """y (B,) -> (B, D); the last row is the null label, for unconditional samples and guidance."""
-
-    def __init__(self, num_classes, width):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, y):
-        return self.embedding_table(y)
 
 
 class FinalLayer(nn.Module):
@@ -172,11 +152,12 @@ class DiTDH(nn.Module):
         self.latent_dim, self.grid, self.depth, self.num_classes = latent_dim, grid, tuple(depth), num_classes
         wide, last = (width[1], heads[1]) if depth[1] else (width[0], heads[0])
         self.pos_embed = nn.Parameter(sincos_2d(width[0], grid)[None])                # (1, N, D)
-        self.x_embedder = TokenEmbedder(latent_dim, wide)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Linear(latent_dim, wide)})
         self.t_embedder = TimeEmbedder(width[0])
-        self.y_embedder = LabelEmbedder(num_classes, width[0])
+        table = nn.Embedding(num_classes + 1, width[0])                               # the last row is null
+        self.y_embedder = nn.ModuleDict({"embedding_table": table})
         if depth[1]:
-            self.s_embedder = TokenEmbedder(latent_dim, width[0])
+            self.s_embedder = nn.ModuleDict({"proj": nn.Linear(latent_dim, width[0])})
             self.s_projector = nn.Linear(width[0], wide) if wide != width[0] else nn.Identity()
             self.enc_feat_rope = Rope(width[0] // heads[0], grid)
             self.dec_feat_rope = Rope(wide // last, grid)
@@ -193,7 +174,7 @@ class DiTDH(nn.Module):
             if isinstance(m, nn.Linear) and (not self.depth[1] or "embedder.proj" in name):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight,
+        for weight in (self.y_embedder["embedding_table"].weight, self.t_embedder.mlp[0].weight,
                        self.t_embedder.mlp[2].weight):
             nn.init.normal_(weight, std=0.02)
         for linear in (*(m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer)),
@@ -204,18 +185,18 @@ class DiTDH(nn.Module):
     def forward(self, x_t, t, y):
         """x_t (B, N, C), t (B,) in [0, 1] after the shift, y (B,) int -> velocity v (B, N, C)."""
         t = self.t_embedder(t)[:, None]                                               # (B, 1, D)
-        c = t + self.y_embedder(y)[:, None]                                           # (B, 1, D)
+        c = t + self.y_embedder["embedding_table"](y)[:, None]                        # (B, 1, D)
         if not self.depth[1]:
-            x = self.x_embedder(x_t) + self.pos_embed                                 # (B, N, D)
+            x = self.x_embedder["proj"](x_t).float() + self.pos_embed                 # (B, N, D)
             for block in self.blocks:
                 x = block(x, c, self.feat_rope)                                       # (B, N, D)
             return self.final_layer(x, c)                                             # (B, N, C)
-        c = F.silu(c)
-        s = self.s_embedder(x_t) + self.pos_embed                                     # (B, N, D)
+        c = F.silu(c)                                  # residual streams stay float32 under autocast
+        s = self.s_embedder["proj"](x_t).float() + self.pos_embed                     # (B, N, D)
         for block in self.blocks[:self.depth[0]]:
             s = block(s, c, self.enc_feat_rope)                                       # (B, N, D)
         s = self.s_projector(F.silu(s + t))                                           # (B, N, D_head)
-        x = self.x_embedder(x_t)                                                # (B, N, D_head), no positions
+        x = self.x_embedder["proj"](x_t).float()                                # (B, N, D_head), no positions
         for block in self.blocks[self.depth[0]:]:
             x = block(x, s, self.dec_feat_rope)                                       # (B, N, D_head)
         return self.final_layer(x, s)                                                 # (B, N, C)

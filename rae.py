@@ -47,18 +47,16 @@ def shrink(image, short):
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
 
 
+def crop(image, size, rng=None):
+    """A size x size square of a PIL image: its centre or, with a generator, anywhere."""
+    room = image.width - size, image.height - size
+    left, top = (r // 2 if rng is None else int(rng.integers(r + 1)) for r in room)
+    return image.crop((left, top, left + size, top + size))
+
+
 def center_crop(pil_image, size):
     """The centre size x size of a PIL image whose short side became `size`, as ADM does it."""
-    image = shrink(pil_image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def random_crop(pil_image, size, short, rng):
-    """A size x size crop at a random place of a PIL image whose short side became `short`."""
-    image = shrink(pil_image, short)
-    left, top = rng.integers(image.width - size + 1), rng.integers(image.height - size + 1)
-    return image.crop((left, top, left + size, top + size))
+    return crop(shrink(pil_image, size), size)
 
 
 def to_uint8(images):
@@ -94,10 +92,7 @@ class ImageFolder:
             image = Image.open(self.files[index]).convert("RGB")
         except Exception as e:                         # PIL raises half a dozen kinds for broken files
             raise ValueError(f"{self.files[index]}: not readable as an image ({e}); remove it") from None
-        if self.short is None:
-            image = center_crop(image, self.size)
-        else:
-            image = random_crop(image, self.size, self.short, rng)
+        image = crop(shrink(image, self.short or self.size), self.size, rng if self.short else None)
         return np.asarray(image).transpose(2, 0, 1)                                   # (3, H, W) uint8
 
 

@@ -153,7 +153,8 @@ def main():
             clean, noisy, pictures = evaluate(averaged, shown, args)
             log(step=step, l1=l1.item(), perceptual=perceptual.item(), lr=lr, images_per_s=rate,
                 psnr=clean, psnr_noisy=noisy)
-            save_grid(torch.cat([shown[:16], pictures[:16]]), f"{args.out}/grid_{step:06d}.png", columns=16)
+            some = torch.cat([x[::max(1, len(x) // 16)][:16] for x in (shown, pictures)])
+            save_grid(some, f"{args.out}/grid_{step:06d}.png", columns=len(some) // 2)
             since, began = step, time.time()
         if rank == 0 and (step > first or not first) and (step % args.save_every == 0 or last):
             save_checkpoint(args.out, dict(

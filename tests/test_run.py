@@ -55,6 +55,9 @@ def test_readme_commands(run, photos):
     assert {script for script, _ in commands} == set(TINY), "each script has a command in the README"
     for script, arguments in commands:
         run(script, arguments)
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+        exec(block, {})                                # the export to the released names
+    assert load("stage2_model.pt").keys() == load(DIFFUSION)["ema"].keys()
     assert Image.open("out/samples.png").size[0] > 300
     assert np.load("out/samples.npz")["arr_0"].shape == (20, 32, 32, 3)
 
