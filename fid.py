@@ -5,8 +5,7 @@
     python fid.py samples/ photographs/ --features encoder:dinov2-b
 
 Each side is a folder of images, an .npz of images (arr_0, uint8 NHWC) or of statistics (mu, sigma). Only the
-distance in the 2015 Inception's features is an FID; in an encoder's features it is called a Frechet distance,
-with its name.
+distance in the 2015 Inception's features is an FID; in an encoder's it bears the encoder's name.
 """
 
 import argparse

@@ -10,8 +10,7 @@ Letters, the same in every file:
     t time, 0 data to 1 noise       z latent        x_t = (1 - t) z + t eps    v = eps - z    eps ~ N(0, I)
     alpha schedule shift            tau the decoder's latent noise
 
-In order: images, the toy world, encoder, decoder, both together, files, and what the two training loops
-share.
+In order: images, toy world, encoder, decoder, both together, files, what the training loops share.
 """
 
 import argparse
@@ -22,6 +21,7 @@ import os
 import pickle
 import signal
 import sys
+from functools import cached_property
 from pathlib import Path
 from statistics import mode
 
@@ -222,9 +222,9 @@ class Encoder(nn.Module):
         if input_size % patch:
             raise ValueError(f"encoder input {input_size} is not a multiple of its patch {patch}")
         self.input_size, self.grid, self.dim = input_size, input_size // patch, vit.embed_dim
-        self.fingerprint = fingerprint({k: v for k, v in vit.state_dict().items()        # of what is used, as
-                                        if not k.startswith(("norm.", *UNUSED))})        # it was in the file
+        self.loaded = {}                               # what the file said before it is resized below
         if vit.pos_embed is not None:
+            self.loaded["pos_embed"] = vit.pos_embed.detach()
             prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
             vit.pos_embed = nn.Parameter(resample_abs_pos_embed(
                 vit.pos_embed.detach(), [self.grid, self.grid], num_prefix_tokens=prefix,
@@ -238,6 +238,12 @@ class Encoder(nn.Module):
 
     def train(self, mode=True):
         return super().train(False)                    # frozen: dropout and drop path stay off
+
+    @cached_property
+    def fingerprint(self):
+        """Hash of the weights in use as their file had them, whatever the image size."""
+        state = self.vit.state_dict() | self.loaded
+        return fingerprint({k: v for k, v in state.items() if not k.startswith(UNUSED)})
 
     def forward(self, images):
         if images.shape[-1] != self.input_size:
@@ -397,8 +403,7 @@ class RAE(nn.Module):
 def latent_statistics(encoder, data, batch_size, device, rank=0, world=1):
     """Exact mean and population variance (C, h, w) of the tokens of a data set, centre crops in both flips.
 
-    One streaming pass in float64. The released running average depends on the order and is wrong on small
-    sets."""
+    One pass in float64. The released running average depends on the order and is wrong on small sets."""
     sums = torch.zeros(2, encoder.grid ** 2, encoder.dim, dtype=torch.float64)
     mine = range(rank, len(data), world)
     for start in progress(range(0, len(mine), batch_size), batch_size):
@@ -418,8 +423,7 @@ def latent_statistics(encoder, data, batch_size, device, rank=0, world=1):
 
 # ------------------------------------------------------------------------------------------------------ files
 # A decoder file is a plain state dict in the released names, or a checkpoint of train_decoder.py, which nests
-# one under "ema" beside "mean" and "var" (C, h, w), the encoder's name and its hash. Encoders are never
-# stored in it.
+# one under "ema" beside "mean" and "var" (C, h, w), the encoder's name and its hash, never the encoder.
 
 RELEASED = {
     "dinov2-b": ("decoders/dinov2/wReg_base/ViTXL_n08/model.pt", "stats/dinov2/wReg_base/imagenet1k/stat.pt"),
@@ -538,8 +542,7 @@ def released_file(name, kind=0):
 def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cpu"):
     """RAE of a decoder: a checkpoint of train_decoder.py, "released:NAME", or a released file.
 
-    The first two know their encoder and statistics; a bare released file needs encoder (a name) and stats (a
-    file)."""
+    The first two know their encoder and statistics; a bare file needs encoder (a name) and stats (a file)."""
     name, decoder = str(decoder), load_released_decoder(released_file(decoder))
     about = decoder.about
     if name.startswith("released:"):
