@@ -189,7 +189,7 @@ class Images:
         elif path.is_dir():
             self.files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
         else:
-            self.array = read_npz(path).get("arr_0")
+            self.array = read_npz(path, "arr_0").get("arr_0")
             if self.array is None or self.array.dtype != np.uint8 or self.array.shape[3:] != (3,):
                 raise ValueError(f"{source}: wants arr_0 of uint8 (N, H, W, 3)")
             self.array = self.array.transpose(0, 3, 1, 2)
@@ -217,12 +217,13 @@ class Images:
             yield torch.stack(batch)
 
 
-def read_npz(path):
+def read_npz(path, *keys):
+    """Those of the named arrays that an .npz has; the others, which may be large, are not read."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file or folder")
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {k: file[k] for k in file.files}
+            return {k: file[k] for k in keys if k in file.files}
     except Exception as e:                             # numpy raises half a dozen kinds for other files
         raise ValueError(f"{path}: not an .npz of arrays ({type(e).__name__})") from None
 
@@ -279,16 +280,13 @@ def main():
         num = min(args.num or len(images), len(images))
         return num, *statistics(images, features, num, args.batch_size, args.device)
 
+    stored = read_npz(Path(args.reference), "mu", "sigma") if args.reference.endswith(".npz") else {}
+    reference = None if len(stored) == 2 and kind == "inception" else Images(args.reference)
+    if reference and reference.size != samples.size:
+        raise ValueError(f"{args.samples} has {samples.size} px, {args.reference} {reference.size}; "
+                         "crop alike first")
     n, *first = side(samples)
-    stored = read_npz(Path(args.reference)) if args.reference.endswith(".npz") else {}
-    if {"mu", "sigma"} <= stored.keys() and kind == "inception":
-        second = stored["mu"], stored["sigma"]
-    else:
-        reference = Images(args.reference)
-        if reference.size != samples.size:
-            raise ValueError(f"{args.samples} has {samples.size} px, {args.reference} {reference.size}; "
-                             "crop alike first")
-        second = side(reference)[1:]
+    second = side(reference)[1:] if reference else (stored["mu"], stored["sigma"])
     value, name = frechet_distance(*first, *second), "FID" if kind == "inception" else "Frechet distance"
     if n < 2048 and kind == "inception":
         print(f"warning: {n} samples; below 2048 the number is far too high, and papers use 50,000")

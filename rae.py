@@ -113,6 +113,12 @@ class ToyShapes:
 TOY = {"train": (30000, 0), "val": (2000, 1)}           # split: (images, seed)
 
 
+def spread(data, n, device):
+    """Up to n images of a data set, evenly spread over it: (n, 3, H, W) in [0, 1]."""
+    chosen = np.linspace(0, len(data) - 1, min(n, len(data))).astype(int)
+    return torch.from_numpy(np.stack([data.load(i, None) for i in chosen])).to(device).float() / 255
+
+
 def open_data(data, size, split="train", short=None):
     """--data as a data set, with classes, labels and load(index, rng) -> (3, H, W) uint8."""
     if data == "toy":
@@ -387,9 +393,9 @@ class RAE(nn.Module):
                  for g in generators or [None] * len(tokens)]
         return tokens + self.tau * torch.stack(noise)                                 # (B, N, C)
 
-    def encode(self, images, generators=None):
+    def encode(self, images):
         """Images (B, 3, H, W) in [0, 1] -> normalised latents z (B, N, C)."""
-        return (self.noised(self.encoder(images).float(), generators) - self.mean) / self.std
+        return (self.noised(self.encoder(images).float()) - self.mean) / self.std
 
     def draw(self, tokens):
         """Raw tokens (B, N, C) -> images (B, 3, H, W), about [0, 1], not clamped."""
@@ -446,8 +452,8 @@ def export_released_decoder(decoder):
     modules = {"decoder_embed": decoder.embed, "decoder_norm": decoder.norm, "decoder_pred": decoder.pred}
     state = {"trainable_cls_token": decoder.cls_token.data, "decoder_pos_embed": decoder.pos_embed.data}
     for i, layer in enumerate(decoder.layers):
-        modules |= {f"decoder_layers.{i}.{theirs}": getattr(layer, ours) for theirs,
-                    ours in BLOCK_NAMES.items()}
+        modules |= {f"decoder_layers.{i}.{theirs}": getattr(layer, ours)
+                    for theirs, ours in BLOCK_NAMES.items()}
         for j, name in enumerate(("query", "key", "value")):
             for kind in ("weight", "bias"):
                 rows = getattr(layer.qkv, kind).data.chunk(3)[j]
@@ -496,7 +502,7 @@ def load_released_decoder(state_dict_or_path, heads=None):
 def load_strict(target, state, where, ignore=()):
     """Copy `state` into a module or dict; ValueError names a missing, unexpected or misshapen tensor."""
     target = target.state_dict() if isinstance(target, nn.Module) else target
-    wrong = [f"{k} is missing" for k in target if k not in state and not k.startswith(ignore or "\0")]
+    wrong = [f"{k} is missing" for k in target if k not in state and not k.startswith(ignore)]
     wrong += [f"{k} is unexpected" for k in state if k not in target]
     wrong += [f"{k} has shape {tuple(state[k].shape)}, not {tuple(v.shape)}"
               for k, v in target.items() if k in state and state[k].shape != v.shape]

@@ -13,7 +13,6 @@ import copy
 import math
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rae import (DECODERS, RAE, Batches, Decoder, Log, Stop, autocast, build_encoder, cli,
                  export_released_decoder, keyed, latent_statistics, load_released_decoder, load_strict,
                  loader, open_data, parse, positive, progress, psnr, released_file, resume, save_checkpoint,
-                 save_grid, say, settings_of, start, update_ema)
+                 save_grid, say, settings_of, spread, start, update_ema)
 
 # ImageNet: 2,502 steps an epoch of 1,281,167 images, 16 epochs (Table 12; as released where they differ).
 IMAGENET = dict(data="imagenet/train", encoder="dinov2-b", image_size=256, resize=384, size="XL", tau=0.8,
@@ -142,8 +141,7 @@ def main():
     del run                                            # its tensors are copied by now
     batches = Batches(data, args.batch_size, args.seed, False, rank, world)
     stream = loader(batches, first, args)
-    shown = np.linspace(0, len(val) - 1, min(256, len(val))).astype(int)
-    shown = torch.from_numpy(np.stack([val.load(i, None) for i in shown])).to(device).float() / 255
+    shown = spread(val, 256, device)
     log, stop = Log(args.out, first) if rank == 0 else None, Stop()
     since, began = first, time.time()
     for step in progress(range(first, args.steps + 1), args.batch_size):

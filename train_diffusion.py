@@ -23,7 +23,7 @@ from dit_dh import (SIZES, DiTDH, draw_time, export_released, flow_loss, load_re
                     shift_time, time_grid)
 from rae import (Batches, Log, Stop, autocast, cli, keyed, keyed_numpy, load_rae, load_strict, loader,
                  open_data, parse, positive, progress, psnr, released_file, resume, save_checkpoint,
-                 save_grid, say, settings_of, start, update_ema)
+                 save_grid, say, settings_of, spread, start, update_ema)
 from sample import balanced_labels, generate
 
 # ImageNet: batch 1024, 1,252 steps an epoch; 800 epochs, lr 2e-4 held for 40 and linear to 2e-5 (appendix D).
@@ -191,9 +191,7 @@ def main():
 
 def show_pairs(rae, data, out, device):
     """Images over their reconstructions, and the PSNR: what the diffusion model can reach at best."""
-    chosen = np.linspace(0, len(data) - 1, min(16, len(data))).astype(int)
-    images = np.stack([data.load(i, None) for i in chosen])
-    images = torch.from_numpy(images).to(device).float() / 255
+    images = spread(data, 16, device)
     with torch.no_grad():
         again = F.adaptive_avg_pool2d(rae.decode(rae.encode(images)).clamp(0, 1), images.shape[-1])
     quality = psnr(again, images).mean().item()
