@@ -40,6 +40,13 @@ def sincos_2d(dim, grid):
     return torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], dim=1).float()
 
 
+class TokenLinear(nn.Conv2d):
+    """Linear map of tokens (B, N, C) -> (B, N, D), stored as a 1x1 convolution, as in the released files."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
 class Rope(nn.Module):
     """2-D rotary positions: the first half of each head turns with the row, the second with the column."""
 
@@ -152,12 +159,12 @@ class DiTDH(nn.Module):
         self.latent_dim, self.grid, self.depth, self.num_classes = latent_dim, grid, tuple(depth), num_classes
         wide, last = (width[1], heads[1]) if depth[1] else (width[0], heads[0])
         self.pos_embed = nn.Parameter(sincos_2d(width[0], grid)[None])                # (1, N, D)
-        self.x_embedder = nn.ModuleDict({"proj": nn.Linear(latent_dim, wide)})
+        self.x_embedder = nn.ModuleDict({"proj": TokenLinear(latent_dim, wide, 1)})
         self.t_embedder = TimeEmbedder(width[0])
         table = nn.Embedding(num_classes + 1, width[0])                               # the last row is null
         self.y_embedder = nn.ModuleDict({"embedding_table": table})
         if depth[1]:
-            self.s_embedder = nn.ModuleDict({"proj": nn.Linear(latent_dim, width[0])})
+            self.s_embedder = nn.ModuleDict({"proj": TokenLinear(latent_dim, width[0], 1)})
             self.s_projector = nn.Linear(width[0], wide) if wide != width[0] else nn.Identity()
             self.enc_feat_rope = Rope(width[0] // heads[0], grid)
             self.dec_feat_rope = Rope(wide // last, grid)
@@ -170,9 +177,9 @@ class DiTDH(nn.Module):
 
     def initialize(self):
         """The released initialisation: every block starts as the identity and the velocity as zero."""
-        for name, m in self.named_modules():
-            if isinstance(m, nn.Linear) and (not self.depth[1] or "embedder.proj" in name):
-                nn.init.xavier_uniform_(m.weight)
+        for m in self.modules():
+            if isinstance(m, TokenLinear) or isinstance(m, nn.Linear) and not self.depth[1]:
+                nn.init.xavier_uniform_(m.weight.flatten(1))
                 nn.init.zeros_(m.bias)
         for weight in (self.y_embedder["embedding_table"].weight, self.t_embedder.mlp[0].weight,
                        self.t_embedder.mlp[2].weight):
@@ -269,15 +276,8 @@ def sample(model, noise, y, grid, cfg=1.0, guide=None, scale=1.0, interval=(0.0,
 
 
 # --------------------------------------------------------------------------------------------------- the file
-# A model file is a plain state dict in the released names, or a checkpoint that nests one under "ema". Both
-# sides of this repository read and write the same names; only the two embedders differ, stored as 1x1
-# convolutions.
-
-def export_released(model):
-    """State dict under the released names and shapes, for the released code's strict loader."""
-    return {k: v[..., None, None] if k.endswith("embedder.proj.weight") else v
-            for k, v in model.state_dict().items()}
-
+# A model file is a plain state dict in the released names, as model.state_dict() is here, or a checkpoint that
+# nests one under "ema".
 
 def load_released(state_dict_or_path, heads=None, head_depth=2):
     """DiTDH or plain DiT from a state dict, a released file or a checkpoint of ours (its EMA).
@@ -328,10 +328,8 @@ def load_released(state_dict_or_path, heads=None, head_depth=2):
             raise ValueError(f"{where}: no RoPE tables and widths {width} of no known size; pass heads")
     model = DiTDH(latent_dim, math.isqrt(size(("pos_embed", 1))), width, (depth, count - depth), heads,
                   size(("y_embedder.embedding_table.weight", 0)) - 1)
-    state = {k: v.flatten(1) if k.endswith("embedder.proj.weight") and v.ndim == 4 else v
-             for k, v in state.items()}
     if not tables:
-        state |= {k: v for k, v in model.state_dict().items() if "feat_rope." in k}
+        state = state | {k: v for k, v in model.state_dict().items() if "feat_rope." in k}
     try:
         model.load_state_dict(state)
     except RuntimeError as e:

@@ -228,16 +228,29 @@ def read_npz(path, *keys):
         raise ValueError(f"{path}: not an .npz of arrays ({type(e).__name__})") from None
 
 
+class Moments:
+    """Mean (D,) and unbiased covariance (D, D) of features (B, D) that come in batches; float64 sums."""
+
+    def __init__(self):
+        self.n = self.total = self.outer = 0
+
+    def add(self, features):
+        f = features.cpu().double()
+        self.n, self.total, self.outer = self.n + len(f), self.total + f.sum(0), self.outer + f.T @ f
+
+    def result(self):
+        mu = self.total / self.n
+        return mu.numpy(), ((self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)).numpy()
+
+
 @torch.no_grad()
 def statistics(images, features, num, batch_size, device):
-    """Mean and unbiased covariance of the features of the first num images, streamed in float64."""
-    total = outer = 0
+    """Mean and covariance of the features of the first num images."""
+    moments = Moments()
     for batch in tqdm(images.batches(num, batch_size), total=-(-num // batch_size), desc=str(images.source),
                       disable=not sys.stderr.isatty()):
-        f = features(batch.to(device)).cpu().double()                                 # (B, features)
-        total, outer = total + f.sum(0), outer + f.T @ f
-    mu = total / num
-    return mu.numpy(), ((outer - num * torch.outer(mu, mu)) / (num - 1)).numpy()
+        moments.add(features(batch.to(device)))                                       # (B, features)
+    return moments.result()
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):

@@ -113,10 +113,14 @@ class ToyShapes:
 TOY = {"train": (30000, 0), "val": (2000, 1)}           # split: (images, seed)
 
 
-def spread(data, n, device):
-    """Up to n images of a data set, evenly spread over it: (n, 3, H, W) in [0, 1]."""
-    chosen = np.linspace(0, len(data) - 1, min(n, len(data))).astype(int)
-    return torch.from_numpy(np.stack([data.load(i, None) for i in chosen])).to(device).float() / 255
+def spread(data, n):
+    """Indices of up to n images of a data set, evenly spread over it."""
+    return np.linspace(0, len(data) - 1, min(n, len(data))).astype(int)
+
+
+def read_images(data, indices, device):
+    """Centre crops (n, 3, H, W) in [0, 1] of the images of those numbers."""
+    return torch.from_numpy(np.stack([data.load(i, None) for i in indices])).to(device).float() / 255
 
 
 def open_data(data, size, split="train", short=None):
@@ -200,6 +204,7 @@ ENCODERS = {
     "dinov2-l": ("vit_large_patch14_reg4_dinov2.lvd142m", 14 / 16, IMAGENET, True, {}),
     "siglip2-b": ("vit_base_patch16_siglip_256.v2_webli", 1, HALF, False, {"act_layer": "gelu_tanh"}),
     "mae-b": ("vit_base_patch16_224.mae", 1, IMAGENET, False, {}),
+    "dino-s8": ("vit_small_patch8_224.dino", 1, IMAGENET, True, {"act_layer": "gelu_tanh"}),  # for stage 1's D
 }
 
 
@@ -228,6 +233,7 @@ class Encoder(nn.Module):
         if input_size % patch:
             raise ValueError(f"encoder input {input_size} is not a multiple of its patch {patch}")
         self.input_size, self.grid, self.dim = input_size, input_size // patch, vit.embed_dim
+        self.image_size = input_size                   # of the images; build_encoder knows better
         self.loaded = {}                               # what the file said before it is resized below
         if vit.pos_embed is not None:
             self.loaded["pos_embed"] = vit.pos_embed.detach()
@@ -259,11 +265,32 @@ class Encoder(nn.Module):
         return tokens[:, self.vit.num_prefix_tokens:]                                 # (B, N, C)
 
 
-def build_encoder(name, image_size, weights=None):
+def load_timm(model, weights, flag, unused=(), **extra):
+    """A timm model with pretrained weights: fetched, or from a local file in timm's names (.pt, .safetensors).
+
+    ValueError where neither is to be had (it names the flag of the file) or a tensor is wrong; the unused ones
+    may be missing."""
+    import timm
+    if not timm.is_model(model):
+        raise ValueError(f"timm has no model {model}")
+    try:
+        net = timm.create_model(model, pretrained=weights is None, num_classes=0, **extra)
+    except TypeError:                                  # an argument that only a ViT takes
+        raise ValueError(f"{model} is not a plain ViT") from None
+    except Exception as e:                        # the hub client raises a dozen kinds of errors when offline
+        raise ValueError(f"the weights of {model} cannot be fetched ({type(e).__name__}); download them "
+                         f"elsewhere and pass {flag} FILE") from None
+    if weights is not None:
+        state = {k: v for k, v in read_file(weights).items() if not k.startswith(unused)}
+        load_strict(net, state, weights, ignore=unused)
+    return net
+
+
+def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
     """Encoder by name: one of ENCODERS, "toy", "timm:MODEL", or a file written by assets/pretrain_encoder.py.
 
-    weights: a local file in timm's names (.pt, .pth, .safetensors) instead of the download."""
-    import timm
+    weights: a local file in timm's names (.pt, .pth, .safetensors) instead of the download; flag names it in
+    errors."""
     from timm.models.vision_transformer import VisionTransformer
     if name not in ENCODERS and not name.startswith("timm:"):
         path = ASSETS / "toy_encoder.pt" if name == "toy" else Path(name)
@@ -277,25 +304,15 @@ def build_encoder(name, image_size, weights=None):
         return Encoder(vit, image_size, file["mean"], file["std"])
     unlisted = name.removeprefix("timm:"), None, None, True, {}
     model, ratio, norm, antialias, extra = ENCODERS.get(name, unlisted)
-    if not timm.is_model(model):
-        raise ValueError(f"encoder {name}: timm has no model of that name")
-    try:
-        pretrained = weights is None
-        vit = timm.create_model(model, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **extra)
-    except TypeError:
-        raise ValueError(f"encoder {name}: {model} is not a plain ViT") from None
-    except Exception as e:                        # the hub client raises a dozen kinds of errors when offline
-        raise ValueError(f"encoder {name}: the weights of {model} cannot be fetched ({type(e).__name__}); "
-                         f"download them elsewhere and pass --encoder-weights FILE") from None
+    vit = load_timm(model, weights, flag, UNUSED, dynamic_img_size=True, **extra)
     if not isinstance(vit, VisionTransformer):
         raise ValueError(f"encoder {name}: {model} is not a plain ViT")
-    if weights is not None:
-        state = {k: v for k, v in read_file(weights).items() if not k.startswith(UNUSED)}
-        load_strict(vit, state, weights, ignore=UNUSED)
     patch = vit.patch_embed.patch_size[0]
     ratio = ratio or (1 if image_size % patch == 0 else patch / 16)
     mean, std = norm or (vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
-    return Encoder(vit, round(image_size * ratio), mean, std, antialias)
+    encoder = Encoder(vit, round(image_size * ratio), mean, std, antialias)
+    encoder.image_size = image_size
+    return encoder
 
 
 # ------------------------------------------------------------------------------------------------ the decoder
@@ -308,19 +325,29 @@ DECODERS = {"toy": (128, 3, 4, 512), "B": (768, 12, 12, 3072), "L": (1024, 24, 1
 class DecoderBlock(nn.Module):
     def __init__(self, width, heads, mlp_dim):
         super().__init__()
+
+        def dense(n, out):
+            return nn.ModuleDict({"dense": nn.Linear(n, out)})
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-12), nn.LayerNorm(width, eps=1e-12)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, mlp_dim), nn.Linear(mlp_dim, width)
+        qkv = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        self.layernorm_before = nn.LayerNorm(width, eps=1e-12)
+        self.attention = nn.ModuleDict({"attention": qkv, "output": dense(width, width)})
+        self.layernorm_after = nn.LayerNorm(width, eps=1e-12)
+        self.intermediate, self.output = dense(width, mlp_dim), dense(mlp_dim, width)
 
     def forward(self, x):
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, 1 + N, D)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))                          # (B, 1 + N, D)
+        h = self.layernorm_before(x)
+        q, k, v = (m(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for m in self.attention["attention"].values())                     # (B, heads, 1 + N, d)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.attention["output"]["dense"](h)                                  # (B, 1 + N, D)
+        return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
 
 
 class Decoder(nn.Module):
-    """MAE-style ViT: raw tokens (B, N, C) -> images (B, 3, H, W) in the encoder's normalised colours."""
+    """MAE-style ViT: raw tokens (B, N, C) -> images (B, 3, H, W) in the encoder's normalised colours.
+
+    Its parameters bear the released names, so its state dict is a released file."""
 
     def __init__(self, latent_dim, grid, patch_size, width, depth, heads, mlp_dim):
         super().__init__()
@@ -329,19 +356,20 @@ class Decoder(nn.Module):
         self.config = dict(latent_dim=latent_dim, grid=grid, patch_size=patch_size, width=width, depth=depth,
                            heads=heads, mlp_dim=mlp_dim)
         self.latent_dim, self.grid, self.patch_size = latent_dim, grid, patch_size
-        self.embed = nn.Linear(latent_dim, width)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.cat([torch.zeros(1, width), sincos_2d(width, grid)])[None])
-        self.layers = nn.ModuleList([DecoderBlock(width, heads, mlp_dim) for _ in range(depth)])
-        self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.pred = nn.Linear(width, patch_size ** 2 * 3)
+        positions = torch.cat([torch.zeros(1, width), sincos_2d(width, grid)])
+        self.decoder_embed = nn.Linear(latent_dim, width)
+        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(positions[None])
+        self.decoder_layers = nn.ModuleList([DecoderBlock(width, heads, mlp_dim) for _ in range(depth)])
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
+        self.decoder_pred = nn.Linear(width, patch_size ** 2 * 3)
 
     def forward(self, tokens):
-        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), self.embed(tokens).float()],
-                      1) + self.pos_embed
-        for layer in self.layers:
+        cls = self.trainable_cls_token.expand(len(tokens), -1, -1)
+        x = torch.cat([cls, self.decoder_embed(tokens).float()], 1) + self.decoder_pos_embed
+        for layer in self.decoder_layers:
             x = layer(x)                                                              # (B, 1 + N, D)
-        x = self.pred(self.norm(x))[:, 1:].float()                                    # (B, N, p p 3)
+        x = self.decoder_pred(self.decoder_norm(x))[:, 1:].float()                    # (B, N, p p 3)
         x = x.view(-1, self.grid, self.grid, self.patch_size, self.patch_size, 3)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                   # (B, 3, H, W)
 
@@ -413,8 +441,7 @@ def latent_statistics(encoder, data, batch_size, device, rank=0, world=1):
     sums = torch.zeros(2, encoder.grid ** 2, encoder.dim, dtype=torch.float64)
     mine = range(rank, len(data), world)
     for start in progress(range(0, len(mine), batch_size), batch_size):
-        images = torch.from_numpy(np.stack([data.load(i, None) for i in mine[start:start + batch_size]]))
-        images = images.to(device).float() / 255
+        images = read_images(data, mine[start:start + batch_size], device)            # (B, 3, H, W)
         for x in (images, images.flip(-1)):
             tokens = encoder(x).cpu().double()                                        # (B, N, C)
             sums += torch.stack([tokens.sum(0), tokens.square().sum(0)])
@@ -443,22 +470,6 @@ RELEASED = {
     "DiTDH-XL-512": ("DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-XL_ep400/stage2_model.pt",),
     "DiTDH-S-512": ("DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-S_ep20/stage2_model.pt",),
 }
-BLOCK_NAMES = {"layernorm_before": "norm1", "attention.output.dense": "proj", "layernorm_after": "norm2",
-               "intermediate.dense": "fc1", "output.dense": "fc2"}
-
-
-def export_released_decoder(decoder):
-    """State dict under the released names, sharing memory with the decoder: loading copies into it."""
-    modules = {"decoder_embed": decoder.embed, "decoder_norm": decoder.norm, "decoder_pred": decoder.pred}
-    state = {"trainable_cls_token": decoder.cls_token.data, "decoder_pos_embed": decoder.pos_embed.data}
-    for i, layer in enumerate(decoder.layers):
-        modules |= {f"decoder_layers.{i}.{theirs}": getattr(layer, ours)
-                    for theirs, ours in BLOCK_NAMES.items()}
-        for j, name in enumerate(("query", "key", "value")):
-            for kind in ("weight", "bias"):
-                rows = getattr(layer.qkv, kind).data.chunk(3)[j]
-                state[f"decoder_layers.{i}.attention.attention.{name}.{kind}"] = rows
-    return state | {f"{name}.{k}": v for name, m in modules.items() for k, v in m.state_dict().items()}
 
 
 def load_released_decoder(state_dict_or_path, heads=None):
@@ -493,15 +504,15 @@ def load_released_decoder(state_dict_or_path, heads=None):
                    (first + "output.dense.weight", 1))
     decoder = Decoder(size(("decoder_embed.weight", 1)), math.isqrt(tokens), math.isqrt(pixels // 3), width,
                       depth, heads, mlp_dim)
-    load_strict(export_released_decoder(decoder), state, where)
+    load_strict(decoder, state, where)
     decoder.about = {k: v for k, v in file.items()
                      if k not in ("ema", "model", "optimizer")} if "ema" in file else {}
     return decoder.eval()
 
 
-def load_strict(target, state, where, ignore=()):
-    """Copy `state` into a module or dict; ValueError names a missing, unexpected or misshapen tensor."""
-    target = target.state_dict() if isinstance(target, nn.Module) else target
+def load_strict(module, state, where, ignore=()):
+    """Copy `state` into a module; ValueError names a missing, unexpected or misshapen tensor."""
+    target = module.state_dict()
     wrong = [f"{k} is missing" for k in target if k not in state and not k.startswith(ignore)]
     wrong += [f"{k} is unexpected" for k in state if k not in target]
     wrong += [f"{k} has shape {tuple(state[k].shape)}, not {tuple(v.shape)}"
@@ -565,9 +576,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     stat = read_file(stats) if stats else about
     if "var" not in stat:
         raise ValueError(f"{stats or name}: no latent statistics (var, mean) in it; pass --stats FILE")
-    rae = RAE(frozen, decoder, stat.get("mean"), stat["var"]).to(device).eval().requires_grad_(False)
-    rae.image_size = image_size                        # of the images that its latents stand for
-    return rae
+    return RAE(frozen, decoder, stat.get("mean"), stat["var"]).to(device).eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------ what the training loops share
@@ -630,8 +639,12 @@ def positive(text):
 
 
 def parse(parser, presets):
-    """Arguments whose defaults are those of --preset; any flag given wins."""
-    parser.add_argument("--preset", choices=presets, default="toy", help="all other defaults (toy)")
+    """Arguments whose defaults are those of --preset; any flag given wins. Adds what every script has."""
+    parser.add_argument("--preset", choices=presets, default="toy", help="all other defaults")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+                        help="auto: bf16 on cuda")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=presets, default="toy")
     parser.set_defaults(**presets[first.parse_known_args()[0].preset])
@@ -640,7 +653,8 @@ def parse(parser, presets):
 
 def settings_of(args):
     """The arguments that make a run what it is; a checkpoint holds them, and only their like continues it."""
-    free = {"out", "device", "workers", "eval_every", "log_every", "sample_every", "save_every"}
+    free = {"out", "device", "workers", "eval_every", "eval_num", "eval_sigma", "inception", "log_every",
+            "sample_every", "save_every"}
     return {k: v for k, v in vars(args).items() if k not in free}
 
 
@@ -721,6 +735,24 @@ def update_ema(ema, model, decay, step):
         e.data.lerp_(p.data, 1 - d)
 
 
+class Guard:
+    """Only finite gradients become a step: the others are counted, and five in a row end the run.
+
+    Gradients are summed over processes before it looks, so that all of them skip or stop together."""
+
+    def __init__(self):
+        self.skipped = self.row = 0
+
+    def __call__(self, norm):
+        fine = bool(norm.isfinite())
+        self.row = 0 if fine else self.row + 1
+        self.skipped += not fine
+        if self.row == 5:
+            raise ValueError("the loss was not finite for 5 steps in a row; the last checkpoint is kept: go on "
+                             "from it with --init and another --out, a lower --lr or --precision fp32")
+        return fine
+
+
 def save_checkpoint(out, file):
     """Write out/checkpoint.pt by a temporary file, sync and rename: a kill leaves a whole one."""
     path, new = Path(out) / "checkpoint.pt", Path(out) / "checkpoint.tmp"
@@ -746,7 +778,7 @@ def resume(out, kind, settings):
             except ValueError as e:
                 say(f"{e}; trying the one before")
     if file is None:
-        early = {"log.jsonl", "pairs.png", "checkpoint.tmp"}            # a run that was killed at its start
+        early = {"log.jsonl", "pairs.png", "eval.png", "checkpoint.tmp"}          # a run that was killed at its start
         if paths or out.exists() and {f.name for f in out.iterdir()} - early:
             raise ValueError(f"{out}: not empty, without a whole checkpoint of ours; pass another --out")
         return None

@@ -74,11 +74,8 @@ def main():
     p.add_argument("--scale", type=float, default=1.42, help="AutoGuidance scale (paper: 1.42, 512 px 1.5)")
     p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
                    help="times that are guided")
-    p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--out", default="out/samples.png", help="x.png, x.npz or a folder")
     p.add_argument("--batch-size", type=positive, help="samples at once")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda")
     args = parse(p, PRESETS)
     if args.ckpt == PRESETS["toy"]["ckpt"] and not Path(args.ckpt).is_file():
         raise ValueError(f"{args.ckpt}: no such file; run train_diffusion.py first, or pass --ckpt")

@@ -1,69 +1,258 @@
-"""Stage 1: train the ViT decoder of a frozen encoder's latents, on noised latents (sections 3 and 4.3).
+"""Stage 1: train the ViT decoder of a frozen encoder's latents, on noised latents (sections 3, 4.3 and C).
 
     python train_decoder.py                                              # the toy world -> out/decoder
     python train_decoder.py --data FOLDER --encoder my_encoder.pt        # own images
     torchrun --standalone --nproc_per_node=8 train_decoder.py --preset imagenet256 --data imagenet/train
+    python train_decoder.py --eval-only --ckpt out/decoder/checkpoint.pt # the numbers of a decoder
 
-Writes checkpoint.pt (EMA decoder, latent statistics, optimiser), grid_*.png (input over reconstruction),
-log.jsonl. The same command continues a run that was stopped.
+L = L1 + perceptual + 0.75 lambda GAN. Two frozen critics look at the images: for the paper's run LPIPS (VGG16)
+and a discriminator on DINO-S/8; offline both look through the frozen encoder itself (--critics).
+
+Writes checkpoint.pt (EMA decoder, latent statistics, what a resume needs), grid_*.png (rows: input,
+reconstruction, reconstruction from noisy latents), log.jsonl. The same command continues a stopped run.
 """
 
 import argparse
 import copy
+import hashlib
+import json
 import math
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import spectral_norm
 
-from rae import (DECODERS, RAE, Batches, Decoder, Log, Stop, autocast, build_encoder, cli,
-                 export_released_decoder, keyed, latent_statistics, load_released_decoder, load_strict,
-                 loader, open_data, parse, positive, progress, psnr, released_file, resume, save_checkpoint,
-                 save_grid, say, settings_of, spread, start, update_ema)
+from fid import Moments, frechet_distance, load_inception
+from rae import (DECODERS, RAE, Batches, Decoder, Guard, Log, Stop, autocast, build_encoder, cli, keyed,
+                 keyed_numpy, latent_statistics, load_rae, load_released_decoder, load_strict, load_timm,
+                 loader, open_data, parse, positive, progress, psnr, read_file, read_images, released_file,
+                 resume, save_checkpoint, save_grid, say, settings_of, spread, start, update_ema)
 
 # ImageNet: 2,502 steps an epoch of 1,281,167 images, 16 epochs (Table 12; as released where they differ).
-IMAGENET = dict(data="imagenet/train", encoder="dinov2-b", image_size=256, resize=384, size="XL", tau=0.8,
-                perceptual=1.0, batch_size=512, steps=40032, lr=2e-4, lr_end=2e-5, warmup=2502, ema=0.9978,
-                workers=12, eval_every=2500, save_every=2500)
+IMAGENET = dict(data="imagenet/train", encoder="dinov2-b", image_size=256, resize=384, size="XL",
+                critics="published", perceptual=1.0, gan=0.75, batch_size=512, steps=40032, lr=2e-4, lr_end=2e-5,
+                warmup=2502, ema=0.9978, workers=12, log_every=100, eval_every=2500, eval_num=2000,
+                save_every=2500)
 PRESETS = {
-    "toy": dict(data="toy", encoder="toy", image_size=32, size="toy", tau=0.8,
-                perceptual=0.1, batch_size=64, steps=800, lr=2e-3, lr_end=1e-4, warmup=50, ema=0.99,
-                workers=0, eval_every=200, save_every=400),
+    "toy": dict(data="toy", encoder="toy", image_size=32, size="toy",
+                critics="encoder", perceptual=1.0, gan=0.1, batch_size=64, steps=800, lr=2e-3, lr_end=1e-4,
+                warmup=50, ema=0.99, workers=0, log_every=100, eval_every=200, eval_num=500, save_every=400),
     "imagenet256": IMAGENET,
     "imagenet512": IMAGENET | dict(image_size=512, resize=768),
 }
+LPIPS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
+LPIPS_MD5 = "d507d7349b931f0638a25a48a722f98a"
 
 
-def learning_rate(step, args):
-    """Linear warm-up from 0, then a cosine from lr to lr_end at the last step."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    done = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr_end + (args.lr - args.lr_end) * (0.5 + 0.5 * math.cos(math.pi * done))
+# ------------------------------------------------------------------------------------------ the frozen critics
+
+class VitTaps(nn.Module):
+    """Tokens of a frozen encoder's ViT after each quarter of its blocks.
+
+    Images (B, 3, H, W) in [0, 1], resized to what the ViT sees -> five of (B, N, C) for 12 blocks: after the
+    last block, then after blocks 2, 5, 8 and 11 counted from 0; no final norm, no prefix tokens."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        depth = len(encoder.vit.blocks)
+        self.encoder, self.width = encoder, encoder.dim
+        self.blocks = sorted({max(1, depth * k // 4) - 1 for k in (1, 2, 3, 4)})
+
+    def forward(self, images):
+        e = self.encoder
+        if images.shape[-1] != e.input_size:
+            images = F.interpolate(images, (e.input_size, e.input_size), mode="bilinear")
+        taps = e.vit.forward_intermediates((images - e.mean) / e.std, indices=self.blocks, output_fmt="NLC",
+                                           intermediates_only=True)
+        return [taps[-1], *taps]
 
 
-def look(encoder, images, upsample):
-    """Tokens (B, N, C) of images that are `upsample` times as large as the encoder's (section 6.1)."""
-    return encoder(F.avg_pool2d(images, upsample)).float()
+class VggTaps(nn.Module):
+    """relu1_2, 2_2, 3_3, 4_3 and 5_3 of VGG16, as LPIPS sees images in [0, 1]: five of (B, positions, C)."""
+
+    def __init__(self, weights=None):
+        super().__init__()
+        vgg = load_timm("vgg16.tv_in1k", weights, "--vgg-weights", unused=("pre_logits.", "head."))
+        self.slices = nn.ModuleList(vgg.features[a:b] for a, b in ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30)))
+        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    def forward(self, images):
+        x, taps = (2 * images - 1 - self.mean) / self.std, []
+        for layers in self.slices:
+            x = layers(x)
+            taps.append(x.flatten(2).transpose(1, 2))
+        return taps
 
 
-def reconstruction_loss(encoder, output, images, tokens, args):
-    """L1 and the weighted squared distance in the frozen encoder's own tokens, as two scalars."""
-    l1 = (output - images).abs().mean()
-    if not args.perceptual:
-        return l1, torch.zeros_like(l1)
-    return l1, args.perceptual * (look(encoder, output, args.upsample) - tokens).square().mean()
+class Perceptual(nn.Module):
+    """Distance of two batches of images in [0, 1], (B,): LPIPS for VggTaps with its learned weights.
+
+    Features of unit length at each position, their squared difference, weighted by channel (all 1 / taps
+    unless given), mean over positions, sum over taps. Always float32; gradients reach the first images."""
+
+    def __init__(self, taps, weights=None):
+        super().__init__()
+        self.taps, self.weights = taps, weights
+
+    def forward(self, a, b):
+        with torch.autocast(a.device.type, enabled=False):
+            with torch.no_grad():
+                b = self.taps(b.float())
+            a = self.taps(a.float())
+            weights = self.weights or [torch.full_like(a[0][0, 0], 1 / len(a))] * len(a)
+            return sum(((x / (x.norm(dim=2, keepdim=True) + 1e-10) - y / (y.norm(dim=2, keepdim=True) + 1e-10))
+                        .square() @ w).mean(1) for x, y, w in zip(a, b, weights))     # (B,)
+
+
+def lpips(args, device):
+    """LPIPS of VGG16 (v0.1): its learned weights from a file or fetched once, compared with the published hash."""
+    path = Path(args.lpips_weights or Path(torch.hub.get_dir(), "checkpoints", "lpips_vgg.pth"))
+    if not path.is_file() and not args.lpips_weights:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(LPIPS_URL, str(path), progress=False)
+        except OSError as e:
+            raise ValueError(f"LPIPS' weights cannot be fetched ({type(e).__name__}); download {LPIPS_URL} "
+                             f"(md5 {LPIPS_MD5}) and pass --lpips-weights FILE") from None
+    file = read_file(path)
+    if hashlib.md5(path.read_bytes()).hexdigest() != LPIPS_MD5:
+        say(f"warning: {path} is not LPIPS' published file (md5 {LPIPS_MD5})")
+    try:
+        weights = [file[f"lin{i}.model.1.weight"].flatten().to(device) for i in range(5)]
+    except KeyError as e:
+        raise ValueError(f"{path}: not LPIPS' VGG weights, {e} is missing") from None
+    return Perceptual(VggTaps(args.vgg_weights).to(device), weights)
+
+
+class Discriminator(nn.Module):
+    """The trained part of D, a head per tap: taps of (B, N, C) -> logits (B, taps N), one per token.
+
+    Each norm is over the tokens of one image; all convolutions are spectrally normalised (appendix C)."""
+
+    def __init__(self, width, taps):
+        super().__init__()
+
+        def conv(out, kernel):
+            return spectral_norm(nn.Conv1d(width, out, kernel, padding=kernel // 2, padding_mode="circular"))
+
+        def layer(kernel):
+            return nn.Sequential(conv(width, kernel), nn.InstanceNorm1d(width, eps=1e-6, affine=True),
+                                 nn.LeakyReLU(0.2))
+        self.first = nn.ModuleList(layer(1) for _ in range(taps))
+        self.mix = nn.ModuleList(layer(9) for _ in range(taps))
+        self.last = nn.ModuleList(conv(1, 1) for _ in range(taps))
+
+    def forward(self, taps):
+        logits = []
+        for first, mix, last, x in zip(self.first, self.mix, self.last, taps):
+            x = first(x.transpose(1, 2))                                              # (B, C, N)
+            logits.append(last((mix(x) + x) / math.sqrt(2)).squeeze(1))               # (B, N)
+        return torch.cat(logits, 1).float()
+
+
+def diffaug(x, u):
+    """Differentiable augmentation of images (B, 3, H, W) in [-1, 1] by uniform u (B, 5) in [0, 1).
+
+    A shift of up to an eighth, zero-padded, then brightness + U(-.5, .5), saturation x U(0, 2), contrast x
+    U(.5, 1.5): all of them for every image (Zhao et al. 2020)."""
+    size, s = x.shape[-1], round(x.shape[-1] / 8)
+    corners = (u[:, :2] * (2 * s + 1)).long().tolist()
+    x = torch.stack([image[:, top:top + size, left:left + size]
+                     for image, (top, left) in zip(F.pad(x, [s] * 4), corners)])
+    brightness, saturation, contrast = u[:, 2:].T[..., None, None, None].to(x)
+    x = x + brightness - 0.5
+    grey = x.mean(1, keepdim=True)
+    x = (x - grey) * (2 * saturation) + grey
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return (x - mean) * (contrast + 0.5) + mean
+
+
+def hinge(logits):
+    """Discriminator's loss of logits whose first half saw real images and whose second half reconstructions."""
+    real, fake = logits.chunk(2)
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def adaptive_weight(output, weight, of_reconstruction, of_gan):
+    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6), clamped to [0, 1e4]; gradients at the last weight.
+
+    The two gradients come in at the output. All processes get the lambda of the global batch."""
+    grads = torch.stack([torch.autograd.grad(output, weight, g, retain_graph=True)[0]
+                         for g in (of_reconstruction, of_gan)])
+    if dist.is_initialized():
+        dist.all_reduce(grads)
+        grads /= dist.get_world_size()
+    reconstruction, gan = grads.flatten(1).norm(dim=1)
+    return (reconstruction / (gan + 1e-6)).clamp(0, 1e4)
+
+
+# --------------------------------------------------------------------------------------------------- the score
+
+def ssim(a, b):
+    """Structural similarity of images (B, 3, H, W) in [0, 1], (B,): per colour, Gaussian window of 11 px and
+    sigma 1.5 that stays inside the image, K = 0.01, 0.03 (Wang et al. 2004)."""
+    x = torch.arange(11, device=a.device) - 5.0
+    g = (-x.square() / (2 * 1.5 ** 2)).exp()
+    g = (g / g.sum()).repeat(3, 1, 1, 1)                                              # (3, 1, 1, 11)
+
+    def blur(y):
+        return F.conv2d(F.conv2d(y, g, groups=3), g.transpose(2, 3), groups=3)
+    mu_a, mu_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mu_a ** 2, blur(b * b) - mu_b ** 2, blur(a * b) - mu_a * mu_b
+    return ((2 * mu_a * mu_b + 1e-4) * (2 * cov + 9e-4)
+            / ((mu_a ** 2 + mu_b ** 2 + 1e-4) * (var_a + var_b + 9e-4))).mean((1, 2, 3))
+
+
+def look(encoder, images):
+    """Tokens (B, N, C) of images that may be larger than the encoder's (section 6.1)."""
+    return encoder(F.avg_pool2d(images, images.shape[-1] // encoder.image_size)).float()
 
 
 @torch.no_grad()
-def evaluate(rae, images, args):
-    """PSNR (dB) from clean latents and from latents noised at sigma = tau / 2, and the clean pictures."""
-    rae.eval()
-    tokens = look(rae.encoder, images, args.upsample)
-    noise = torch.randn(tokens.shape, generator=keyed("cpu", args.seed)).to(tokens)
-    clean, noisy = (rae.draw(x).clamp(0, 1) for x in (tokens, tokens + rae.tau / 2 * noise))
-    return psnr(clean, images).mean().item(), psnr(noisy, images).mean().item(), clean
+def evaluate(rae, data, distance, inception, args):
+    """Numbers of --eval-num images, and a grid of 16: PSNR (dB), SSIM, LPIPS where its weights are, and the
+    Frechet distance to the images: rFID with Inception weights, else in the encoder's features. Once from
+    clean latents, once ("_noisy") with noise of --eval-sigma on the raw tokens."""
+    device, rows, sums, moments = rae.mean.device, spread(data, args.eval_num), {}, {}
+    features = inception or (lambda x: look(rae.encoder, x / 255).mean(1))
+    for first in range(0, len(rows), args.batch_size):
+        chosen = rows[first:first + args.batch_size]
+        images = read_images(data, chosen, device)                                    # (B, 3, H, W)
+        tokens = look(rae.encoder, images)                                            # (B, N, C)
+        noise = torch.stack([torch.randn(tokens.shape[1:], device=device,
+                                         generator=keyed(device, args.seed, first + i))
+                             for i in range(len(chosen))])
+        clean, noisy = (rae.draw(x).clamp(0, 1) for x in (tokens, tokens + args.eval_sigma * noise))
+        for name, x in (("real", images), ("", clean), ("_noisy", noisy)):
+            moments.setdefault(name, Moments()).add(features((x * 255).round()))
+            for metric, f in (("psnr", psnr), ("ssim", ssim), ("lpips", distance)) if name != "real" else ():
+                if f:
+                    sums[metric + name] = sums.get(metric + name, 0) + f(x, images).sum().item()
+        if first == 0:
+            grid = torch.cat([x[:16] for x in (images, clean, noisy)])
+    numbers = {k: v / len(rows) for k, v in sums.items()}
+    for name in ("", "_noisy"):
+        key = ("rfid" if inception else "encoder_distance") + name
+        numbers[key] = frechet_distance(*moments["real"].result(), *moments[name].result())
+    return numbers, grid
+
+
+# ------------------------------------------------------------------------------------------------ the training
+
+def learning_rate(step, steps, args):
+    """Linear warm-up from 0, then a cosine from lr to lr_end at the last of the steps."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = (step - args.warmup) / max(1, steps - args.warmup)
+    return args.lr_end + (args.lr - args.lr_end) * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def main():
@@ -78,23 +267,36 @@ def main():
     p.add_argument("--size", choices=DECODERS, help="decoder: width and depth (paper: XL)")
     p.add_argument("--upsample", type=positive, default=1, help="decoded pixels per encoder pixel (6.1: 2)")
     p.add_argument("--init", help="start from this decoder: a checkpoint or released:NAME")
-    p.add_argument("--tau", type=float, help="noise on the latents, 0 for none (paper: 0.8)")
+    p.add_argument("--noise-tau", type=float, default=0.8, help="noise on the latents, 0 for none (paper: 0.8)")
     p.add_argument("--noise-dist", choices=["uniform", "half-normal"], default="uniform",
                    help="sigma = tau U(0, 1), as released, or |N(0, tau^2)|, the paper's")
-    p.add_argument("--perceptual", type=float, help="weight of the encoder-feature loss")
+    p.add_argument("--critics", choices=["encoder", "published"],
+                   help="published: LPIPS and DINO-S/8; encoder: both on the encoder's own features")
+    p.add_argument("--lpips-weights", help="local file of LPIPS' VGG weights (v0.1)")
+    p.add_argument("--vgg-weights", help="local file of VGG16's weights, timm's names")
+    p.add_argument("--dino-weights", help="local file of DINO-S/8's weights, timm's names")
+    p.add_argument("--perceptual", type=float, help="weight of the perceptual loss (paper: 1)")
+    p.add_argument("--gan", type=float, help="weight of the GAN loss, 0 for none (paper: 0.75)")
+    p.add_argument("--starts", type=float, nargs=3, default=(0, 0.375, 0.5), metavar=("LPIPS", "D", "GAN"),
+                   help="when each begins, as a share of the run (paper: epochs 0, 6 and 8 of 16)")
     p.add_argument("--steps", type=positive, help="optimiser steps")
     p.add_argument("--batch-size", type=positive, help="images a step, over all processes (paper: 512)")
     p.add_argument("--lr", type=float, help="peak learning rate (paper: 2e-4)")
     p.add_argument("--lr-end", type=float, help="learning rate at the end (paper: 2e-5)")
     p.add_argument("--warmup", type=int, help="steps of linear warm-up (paper: 1 of 16 epochs)")
+    p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help="of AdamW (paper: 0.5 0.9)")
     p.add_argument("--ema", type=float, help="decay of the averaged decoder (paper: 0.9978)")
-    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument("--eval-only", action="store_true", help="print the numbers of --ckpt and stop")
+    p.add_argument("--ckpt", help="with --eval-only: a checkpoint, released:NAME or a released file")
+    p.add_argument("--stats", help="with --eval-only: latent statistics of a bare released file")
+    p.add_argument("--eval-num", type=positive, help="images to evaluate on")
+    p.add_argument("--eval-sigma", type=float, default=0.8, help="latent noise of the _noisy numbers")
+    p.add_argument("--inception", help="file of the 2015 Inception weights, for rFID")
     p.add_argument("--out", default="out/decoder", help="folder of the run")
+    p.add_argument("--log-every", type=positive, help="steps between lines of the log")
     p.add_argument("--eval-every", type=positive, help="steps between evaluations")
     p.add_argument("--save-every", type=positive, help="steps between checkpoints")
     p.add_argument("--workers", type=int, help="processes that read images")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda")
     args = parse(p, PRESETS)
     settings = settings_of(args)
     if args.resize and args.resize < args.image_size:
@@ -102,11 +304,16 @@ def main():
     if args.image_size % args.upsample:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of --upsample {args.upsample}")
     device, rank, world = start(args)
+    inception = load_inception(args.inception, device)[0] if args.inception else None
+    if args.eval_only:
+        if not args.ckpt:
+            raise ValueError("--eval-only wants a decoder: pass --ckpt")
+        return judge(args, inception, device)
     run = resume(args.out, "decoder", settings)
     if run and run["step"] == args.steps:
         return say(f"{args.out}: finished already; its decoder is {args.out}/checkpoint.pt")
 
-    # Images, frozen encoder, statistics of its latents (one exact pass), decoder and its average.
+    # Images, frozen encoder, statistics of its latents (one exact pass), decoder, its average, critics.
     data = open_data(args.data, args.image_size, short=args.resize)
     size = args.image_size // args.upsample            # what the encoder sees
     centred = data if args.upsample == 1 and not args.resize else open_data(args.data, size)
@@ -119,63 +326,120 @@ def main():
         mean, var = latent_statistics(encoder, centred, args.batch_size // world, device, rank, world)
     torch.manual_seed(args.seed)
     width, depth, heads, mlp_dim = DECODERS[args.size]
-    patch = args.image_size // encoder.grid
-    decoder = Decoder(encoder.dim, encoder.grid, patch, width, depth, heads, mlp_dim)
+    decoder = Decoder(encoder.dim, encoder.grid, args.image_size // encoder.grid, width, depth, heads, mlp_dim)
     if args.init and not run:
         load_strict(decoder, load_released_decoder(released_file(args.init)).state_dict(), args.init)
-    if run:
-        load_strict(decoder, run["model"], args.out)
-    rae = RAE(encoder, decoder, mean, var, args.tau, args.noise_dist).to(device)
+    rae = RAE(encoder, decoder, mean, var, args.noise_tau, args.noise_dist).to(device)
     ema = copy.deepcopy(decoder).requires_grad_(False).eval()
-    if run:
-        load_strict(export_released_decoder(ema), run["ema"], args.out)
-    averaged = RAE(encoder, ema, mean, var, args.tau).to(device)
-    parallel = DistributedDataParallel(decoder) if world > 1 else decoder
-    optimizer = torch.optim.AdamW(decoder.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    if run:
-        optimizer.load_state_dict(run["optimizer"])
+    averaged = RAE(encoder, ema, mean, var).to(device)
+    published = args.critics == "published"
+    perceptual = lpips(args, device) if published else Perceptual(VitTaps(encoder))
+    dino = build_encoder("dino-s8", 224, args.dino_weights, "--dino-weights") if published and args.gan else None
+    taps = VitTaps(dino.to(device) if dino else encoder)
+    discriminator = Discriminator(taps.width, len(taps.blocks) + 1).to(device)
+    optimizer, optimizer_d = (torch.optim.AdamW(m.parameters(), betas=args.betas, weight_decay=0.0, fused=True)
+                              for m in (decoder, discriminator))
+    parts = dict(ema=ema, model=decoder, optimizer=optimizer, discriminator=discriminator,
+                 optimizer_d=optimizer_d)
+    first = run["step"] if run else 0
+    for name, part in parts.items() if run else ():
+        part.load_state_dict(run[name])
+    del run                                            # its tensors are copied by now
+    parallel, parallel_d = ((DistributedDataParallel(m) if world > 1 else m for m in (decoder, discriminator)))
     say(f"{args.encoder}: {encoder.grid ** 2} tokens x {encoder.dim}; decoder {args.size}, "
         f"{sum(x.numel() for x in decoder.parameters()) / 1e6:.1f}M parameters, {len(data)} images")
 
-    first = run["step"] if run else 0
-    del run                                            # its tensors are copied by now
+    start_p, start_d, start_g = (round(share * args.steps) for share in args.starts)
     batches = Batches(data, args.batch_size, args.seed, False, rank, world)
     stream = loader(batches, first, args)
-    shown = spread(val, 256, device)
-    log, stop = Log(args.out, first) if rank == 0 else None, Stop()
+    log, stop, guard, guard_d = Log(args.out, first) if rank == 0 else None, Stop(), Guard(), Guard()
+    names = ("l1", "perceptual", "gan", "d_loss", "gan_weight")
+    totals = torch.zeros(len(names), device=device)
     since, began = first, time.time()
     for step in progress(range(first, args.steps + 1), args.batch_size):
         last = step == args.steps or stop.agreed(world)
-        if rank == 0 and step > since and (step % args.eval_every == 0 or last):
+        if step > since and (step % args.log_every == 0 or last):
+            if world > 1:
+                dist.all_reduce(totals)
             rate = (step - since) * args.batch_size / (time.time() - began)
-            clean, noisy, pictures = evaluate(averaged, shown, args)
-            log(step=step, l1=l1.item(), perceptual=perceptual.item(), lr=lr, images_per_s=rate,
-                psnr=clean, psnr_noisy=noisy)
-            some = torch.cat([x[::max(1, len(x) // 16)][:16] for x in (shown, pictures)])
-            save_grid(some, f"{args.out}/grid_{step:06d}.png", columns=len(some) // 2)
+            if rank == 0:
+                log(step=step, lr=optimizer.param_groups[0]["lr"], images_per_s=rate, skipped=guard.skipped + guard_d.skipped,
+                    **dict(zip(names, (totals / (step - since) / world).tolist())))
+            totals.zero_()
             since, began = step, time.time()
+        if rank == 0 and step > first and (step % args.eval_every == 0 or last):
+            numbers, grid = evaluate(averaged, val, perceptual if published else None, inception,
+                                     args)
+            log(step=step, **numbers)
+            save_grid(grid, f"{args.out}/grid_{step:06d}.png", columns=len(grid) // 3)
         if rank == 0 and (step > first or not first) and (step % args.save_every == 0 or last):
             save_checkpoint(args.out, dict(
                 kind="decoder", step=step, settings=settings, config=decoder.config, encoder=args.encoder,
-                encoder_hash=encoder.fingerprint, image_size=size, mean=mean, var=var,
-                ema=export_released_decoder(ema), model=decoder.state_dict(),
-                optimizer=optimizer.state_dict()))
+                encoder_hash=encoder.fingerprint, image_size=size, mean=mean, var=var)
+                | {name: part.state_dict() for name, part in parts.items()})
         if last:
             break
-        lr = learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+
+        # The decoder's step. Each critic is walked back once, to the image; lambda and the step go on from there.
+        set_rate(optimizer, learning_rate(step, args.steps, args))
         images = next(stream)[0].to(device, non_blocking=True).float() / 255          # (B, 3, H, W)
+        u = keyed_numpy(args.seed, step, args.batch_size).random((args.batch_size, 3, 5), dtype=np.float32)
+        u = torch.from_numpy(u[batches.rows.start:batches.rows.stop])                 # (b, 3, 5) for DiffAug
         rae.train()
         with autocast(device, args):
-            tokens = look(encoder, images, args.upsample)                             # (B, N, C)
+            tokens = look(encoder, images)                                            # (B, N, C)
             noised = rae.noised(tokens, [keyed(device, args.seed, step, row) for row in batches.rows])
             output = parallel(noised) * encoder.std + encoder.mean                    # (B, 3, H, W)
-            l1, perceptual = reconstruction_loss(encoder, output, images, tokens, args)
+        l1 = (output - images).abs().mean()
+        gan = gan_weight = distance = d_loss = torch.zeros((), device=device)
+        if args.perceptual and step >= start_p:
+            distance = perceptual(output, images).mean()
+        gradient, = torch.autograd.grad(l1 + args.perceptual * distance, output)
+        if args.gan and step >= start_g:
+            discriminator.eval()
+            with autocast(device, args):
+                gan = -discriminator(taps(diffaug(2 * output - 1, u[:, 0]) / 2 + 0.5)).mean()
+            of_gan, = torch.autograd.grad(gan, output)
+            gan_weight = args.gan * adaptive_weight(output, decoder.decoder_pred.weight, gradient, of_gan)
+            gradient = gradient + gan_weight * of_gan
         optimizer.zero_grad(set_to_none=True)
-        (l1 + perceptual).backward()
-        optimizer.step()
-        update_ema(ema, decoder, args.ema, step)
+        output.backward(gradient)
+        if guard(nn.utils.clip_grad_norm_(decoder.parameters(), math.inf)):
+            optimizer.step()
+            update_ema(ema, decoder, args.ema, step)
+
+        # The discriminator's, on 8-bit reconstructions of clean latents by the decoder as it is now.
+        if args.gan and step >= start_d:
+            set_rate(optimizer_d, learning_rate(step - start_d, args.steps - start_d, args))
+            discriminator.train()
+            with autocast(device, args):
+                with torch.no_grad():
+                    fake = rae.draw(tokens).clamp(0, 1).mul(255).round() / 255
+                    both = torch.cat([diffaug(2 * images - 1, u[:, 1]), diffaug(2 * fake - 1, u[:, 2])])
+                    seen = taps(both / 2 + 0.5)
+                d_loss = hinge(parallel_d(seen))
+            optimizer_d.zero_grad(set_to_none=True)
+            d_loss.backward()
+            if guard_d(nn.utils.clip_grad_norm_(discriminator.parameters(), math.inf)):
+                optimizer_d.step()
+        losses = torch.stack([l1, distance, gan, d_loss, gan_weight]).detach()
+        totals += losses.nan_to_num(posinf=0, neginf=0)
+
+
+def set_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def judge(args, inception, device):
+    """--eval-only: the numbers of any decoder as one JSON line, and its grid."""
+    rae = load_rae(args.ckpt, args.encoder if args.stats else None, args.encoder_weights, args.stats, device)
+    data = open_data(args.val_data or args.data, rae.decoder.grid * rae.decoder.patch_size, "val")
+    metric = lpips(args, device) if args.critics == "published" else None
+    numbers, grid = evaluate(rae, data, metric, inception, args)
+    save_grid(grid, f"{args.out}/eval.png", columns=len(grid) // 3)
+    say(json.dumps(dict(ckpt=args.ckpt, num=min(args.eval_num, len(data)), **numbers)))
 
 
 if __name__ == "__main__":

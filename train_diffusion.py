@@ -19,11 +19,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from dit_dh import (SIZES, DiTDH, draw_time, export_released, flow_loss, load_released, shift_alpha,
-                    shift_time, time_grid)
-from rae import (Batches, Log, Stop, autocast, cli, keyed, keyed_numpy, load_rae, load_strict, loader,
-                 open_data, parse, positive, progress, psnr, released_file, resume, save_checkpoint,
-                 save_grid, say, settings_of, spread, start, update_ema)
+from dit_dh import (SIZES, DiTDH, draw_time, flow_loss, load_released, shift_alpha, shift_time,
+                    time_grid)
+from rae import (Batches, Guard, Log, Stop, autocast, cli, keyed, keyed_numpy, load_rae, load_strict, loader,
+                 open_data, parse, positive, progress, psnr, read_images, released_file, resume,
+                 save_checkpoint, save_grid, say, settings_of, spread, start, update_ema)
 from sample import balanced_labels, generate
 
 # ImageNet: batch 1024, 1,252 steps an epoch; 800 epochs, lr 2e-4 held for 40 and linear to 2e-5 (appendix D).
@@ -94,14 +94,11 @@ def main():
     p.add_argument("--clip", type=float, default=1.0, help="gradient norm, 0 for no clipping")
     p.add_argument("--ema", type=float, help="decay of the averaged model (paper: 0.9995)")
     p.add_argument("--cfg", type=float, help="guidance of the preview samples")
-    p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--out", default="out/diffusion", help="folder of the run")
     p.add_argument("--log-every", type=positive, help="steps between lines of the log")
     p.add_argument("--sample-every", type=positive, help="steps between sample grids")
     p.add_argument("--save-every", type=positive, help="steps between checkpoints")
     p.add_argument("--workers", type=int, help="processes that read images")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda")
     args = parse(p, PRESETS)
     settings = settings_of(args)
     device, rank, world = start(args)
@@ -113,7 +110,7 @@ def main():
     rae = load_rae(args.decoder, args.encoder, args.encoder_weights, args.stats, device)
     if run and run["latents"] != rae.fingerprint():
         raise ValueError(f"{args.decoder}: its latents are not those of {args.out}; pass another --out")
-    data = open_data(args.data, rae.image_size)
+    data = open_data(args.data, rae.encoder.image_size)
     shape = rae.mean.shape                                                            # (N, C)
     alpha = args.alpha or shift_alpha(*shape)
     torch.manual_seed(args.seed)
@@ -122,23 +119,21 @@ def main():
     model = DiTDH(shape[1], rae.encoder.grid, width, depth, heads, len(data.classes))
     if args.init and not run:
         start_from(model, args.init)
-    if run:
-        load_strict(model, run["model"], args.out)
     model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    if run:
-        load_strict(export_released(ema), run["ema"], args.out)
-    parallel = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    if run:
-        optimizer.load_state_dict(run["optimizer"])
+    parts = dict(ema=ema, model=model, optimizer=optimizer)
+    first = run["step"] if run else 0
+    for name, part in parts.items() if run else ():
+        part.load_state_dict(run[name])
+    del run                                            # its tensors are copied by now
+    parallel = DistributedDataParallel(model) if world > 1 else model
     say(f"{len(data)} images, {len(data.classes)} classes; {shape[0]} tokens x {shape[1]}, "
         f"alpha {alpha:.3f}; DiT {width} x {depth}, {sum(x.numel() for x in model.parameters()) / 1e6:.1f}M")
 
-    first = run["step"] if run else 0
-    del run                                            # its tensors are copied by now
     batches = Batches(data, args.batch_size, args.seed, True, rank, world)
-    stream, log, stop = loader(batches, first, args), Log(args.out, first) if rank == 0 else None, Stop()
+    stream, log = loader(batches, first, args), Log(args.out, first) if rank == 0 else None
+    stop, guard = Stop(), Guard()
     if rank == 0 and first == 0:
         show_pairs(rae, data, args.out, device)
     totals = torch.zeros(3, BINS, device=device)  # sum of losses, count, by bin of t; gradient norms in row 2
@@ -151,7 +146,8 @@ def main():
             loss, norm = totals[0].sum() / totals[1].sum(), totals[2, 0] / (step - since) / world
             rate = (step - since) * args.batch_size / (time.time() - began)
             if rank == 0:
-                log(step=step, loss=loss.item(), grad_norm=norm.item(), lr=lr, images_per_s=rate,
+                log(step=step, loss=loss.item(), grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"], images_per_s=rate,
+                    skipped=guard.skipped,
                     loss_by_t=[s / n if n else None for s, n in totals[:2].T.tolist()],
                     minutes_left=(args.steps - step) * args.batch_size / rate / 60)
             totals.zero_()
@@ -165,8 +161,8 @@ def main():
         if rank == 0 and (step > first or not first) and (step % args.save_every == 0 or last):
             save_checkpoint(args.out, dict(
                 kind="diffusion", step=step, settings=settings, alpha=alpha, config=model.config,
-                classes=data.classes, latents=rae.fingerprint(), ema=export_released(ema),
-                model=model.state_dict(), optimizer=optimizer.state_dict()))
+                classes=data.classes, latents=rae.fingerprint())
+                | {name: part.state_dict() for name, part in parts.items()})
         if last:
             break
         lr = learning_rate(step, args)
@@ -181,6 +177,8 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         loss.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or float("inf"))
+        if not guard(norm):
+            continue
         optimizer.step()
         update_ema(ema, model, args.ema, step)
         bins = (shift_time(t, alpha) * BINS).long().clamp(max=BINS - 1)
@@ -191,7 +189,7 @@ def main():
 
 def show_pairs(rae, data, out, device):
     """Images over their reconstructions, and the PSNR: what the diffusion model can reach at best."""
-    images = spread(data, 16, device)
+    images = read_images(data, spread(data, 16), device)
     with torch.no_grad():
         again = F.adaptive_avg_pool2d(rae.decode(rae.encode(images)).clamp(0, 1), images.shape[-1])
     quality = psnr(again, images).mean().item()

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 # What makes a command of the README small enough for a test; appended to it, so it wins.
 TINY = {
-    "train_decoder.py": "--steps 4 --batch-size 8 --eval-every 2 --save-every 2",
+    "train_decoder.py": "--steps 4 --batch-size 8 --log-every 2 --eval-every 2 --eval-num 20 --save-every 2",
     "train_diffusion.py": "--steps 4 --batch-size 8 --log-every 2 --sample-every 4 --save-every 2",
     "sample.py": "--num 20 --steps 2",
     "fid.py": "",

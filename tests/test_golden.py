@@ -3,9 +3,8 @@
 import pytest
 import torch
 from conftest import gap, tokens
-from dit_dh import DiTDH, SIZES, export_released, flow_loss, load_released, sample, shift_time, time_grid
-from rae import (DECODERS, RAE, Decoder, Encoder, build_encoder, export_released_decoder,
-                 load_released_decoder)
+from dit_dh import DiTDH, SIZES, flow_loss, load_released, sample, shift_time, time_grid
+from rae import DECODERS, RAE, Decoder, Encoder, build_encoder, load_released_decoder
 
 KINDS = ["dinov2", "mae", "siglip"]
 
@@ -108,13 +107,13 @@ def test_export_is_the_released_file(golden):
     for name in ("dit_dh", "dit"):
         state = golden[name]["state_dict"]
         model = load_released(state)
-        again = export_released(model)
+        again = model.state_dict()
         assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
         args = tokens(golden[name]["x"]), golden[name]["t"], golden[name]["y"]
         assert torch.equal(load_released(again)(*args), model(*args))
     for kind in KINDS:
         state = golden["rae"][kind]["decoder_state_dict"]
-        again = export_released_decoder(load_released_decoder(state, heads=2))
+        again = load_released_decoder(state, heads=2).state_dict()
         assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
 
 
@@ -124,7 +123,7 @@ def test_export_then_load_other_shapes(width, depth, heads):
     model = DiTDH(20, 5, width, depth, heads, num_classes=7).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    again = load_released(export_released(model))
+    again = load_released(model.state_dict())
     assert again.config == model.config
     args = torch.randn(2, 25, 20), torch.rand(2), torch.tensor([0, 7])
     assert torch.equal(again(*args), model(*args))
@@ -132,11 +131,11 @@ def test_export_then_load_other_shapes(width, depth, heads):
 
 def test_decoder_shapes_are_read_from_the_file():
     decoder = Decoder(20, 6, 32, 40, 3, 5, 56)
-    again = load_released_decoder(export_released_decoder(decoder), heads=5)
+    again = load_released_decoder(decoder.state_dict(), heads=5)
     z = torch.randn(2, 36, 20)
     assert again.config == decoder.config and torch.equal(again(z), decoder(z))
     with pytest.raises(ValueError, match="heads"):
-        load_released_decoder(export_released_decoder(decoder))
+        load_released_decoder(decoder.state_dict())
 
 
 def test_wrong_files_name_the_tensor(golden):

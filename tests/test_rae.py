@@ -199,7 +199,7 @@ def test_encoder_that_cannot_be_fetched(monkeypatch):
     def offline(*args, **kw):
         raise ConnectionError("no route")
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ValueError, match="dinov2-b: the weights of vit_base.*--encoder-weights"):
+    with pytest.raises(ValueError, match="the weights of vit_base.*--encoder-weights"):
         R.build_encoder("dinov2-b", 256)
 
 
