@@ -1,21 +1,25 @@
-"""The score: the Frechet distance of two sets of images, in Inception features (FID) or an encoder's.
-
+"""The score: FID, sFID, Inception score, precision and recall, without TensorFlow (appendix E).
     python fid.py                                                     # out/samples.npz against toy validation
-    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz --weights pt_inception-2015-12-05-6726825d.pth
-    python fid.py samples/ photographs/ --features encoder:dinov2-b
-
-Each side is a folder of images, an .npz of images (arr_0, uint8 NHWC) or of statistics (mu, sigma). Only the
-distance in the 2015 Inception's features is an FID; in an encoder's it bears the encoder's name.
+    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz --metrics fid,sfid,is,pr --weights FILE
+    python fid.py imagenet/val --crop 256 --save val256.npz           # statistics, for later
+    python fid.py samples/ photographs/ --features encoder:dinov2-b   # a distance, but no FID
+    torchrun --standalone --nproc_per_node=8 fid.py samples.npz val256.npz
+A side is a folder of images, an .npz of images (arr_0, uint8 NHWC) or of statistics (mu, sigma, for sFID
+mu_s, sigma_s). The numbers of papers on ImageNet are of --mode adm: the TensorFlow suite of ADM, its resize
+included.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
@@ -26,15 +30,15 @@ URLS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + WEIGHTS[1])
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+CHUNK = 5000                                           # images per chunk of the Inception score, as in ADM's
 
 
-# ------------------------------------------------------------------------------------------------ the network
+# ----------------------------------------------------------------------------------------------- the network
 
 class Conv(nn.Module):
-    def __init__(self, channels, out, kernel=1, stride=1, padding=None):
+    def __init__(self, channels, out, kernel=(1, 1), stride=1, padding=None):
         super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = (kernel[0] // 2, kernel[1] // 2) if padding is None else padding
+        padding = tuple(k // 2 for k in kernel) if padding is None else padding
         self.conv = nn.Conv2d(channels, out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out, eps=1e-3)
 
@@ -43,74 +47,55 @@ class Conv(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Parallel chains of convolutions, concatenated.
+    """Parallel chains of convolutions, concatenated. A chain reads "name:channels:kernel
+    name:channels:kernel"; "|" forks a step. A chain whose first name is branch_pool pools before it, by
+    average (without the padding) or max; in a "reduce" block every chain ends in stride 2, beside a max pool
+    of the input."""
 
-    A chain is a list of (name, channels out, kernel). A name that ends in "s" has stride 2 and no padding; a
-    list in place of a step is a fork, whose ends are concatenated."""
-
-    def __init__(self, channels, chains, pool):
+    def __init__(self, channels, pool, *chains):
         super().__init__()
-        self.chains, self.pool, self.out = [], pool, 0
+        self.pool, self.chains, self.out = pool, [], channels if pool == "reduce" else 0
         for chain in chains:
-            c, names = channels, []
-            for step in chain:
-                fork = step if isinstance(step, list) else [step]
-                for name, out, kernel in fork:
-                    strided = name.endswith("s")
-                    self.add_module(name.rstrip("s"), Conv(c, out, kernel, *((2, 0) if strided else ())))
-                names.append([name.rstrip("s") for name, _, _ in fork])
-                c = sum(out for _, out, _ in fork)
-            self.chains.append(names)
+            c, steps = channels, [step.split("|") for step in chain.split()]
+            for step in steps:
+                parts = [part.split(":") for part in step]
+                for name, out, kernel in parts:
+                    kernel = tuple(int(k) for k in kernel.split("x")) * (1 if "x" in kernel else 2)
+                    last = pool == "reduce" and step is steps[-1]
+                    self.add_module(name, Conv(c, int(out), kernel, *((2, 0) if last else ())))
+                c = sum(int(out) for _, out, _ in parts)
+            self.chains.append([[part.split(":")[0] for part in step] for step in steps])
             self.out += c
-        if pool == "reduce":
-            self.out += channels
 
     def forward(self, x):
         outs = []
         for chain in self.chains:
             y = x
-            if chain[0] == ["branch_pool"]:     # average without the padding, except for the last block's max
+            if chain[0] == ["branch_pool"]:
                 y = (F.max_pool2d(x, 3, 1, 1) if self.pool == "max"
                      else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
-            for fork in chain:
-                y = torch.cat([getattr(self, name)(y) for name in fork], 1)
+            for step in chain:
+                y = torch.cat([getattr(self, name)(y) for name in step], 1)
             outs.append(y)
         return torch.cat(outs + ([F.max_pool2d(x, 3, 2)] if self.pool == "reduce" else []), 1)
 
 
-def block_a(c, pool):
-    return Mixed(c, [[("branch1x1", 64, 1)], [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-                     [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-                     [("branch_pool", pool, 1)]], "average")
+def mixed_5(c, pool):
+    return Mixed(c, "average", "branch1x1:64:1", "branch5x5_1:48:1 branch5x5_2:64:5",
+                 "branch3x3dbl_1:64:1 branch3x3dbl_2:96:3 branch3x3dbl_3:96:3", f"branch_pool:{pool}:1")
 
 
-def block_b(c):
-    return Mixed(c, [[("branch3x3s", 384, 3)], [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3),
-                                               ("branch3x3dbl_3s", 96, 3)]], "reduce")
+def mixed_6(d):
+    return Mixed(768, "average", "branch1x1:192:1",
+                 f"branch7x7_1:{d}:1 branch7x7_2:{d}:1x7 branch7x7_3:192:7x1",
+                 f"branch7x7dbl_1:{d}:1 branch7x7dbl_2:{d}:7x1 branch7x7dbl_3:{d}:1x7 branch7x7dbl_4:{d}:7x1 "
+                 "branch7x7dbl_5:192:1x7", "branch_pool:192:1")
 
 
-def block_c(c, d):
-    return Mixed(c, [[("branch1x1", 192, 1)],
-                     [("branch7x7_1", d, 1), ("branch7x7_2", d, (1, 7)), ("branch7x7_3", 192, (7, 1))],
-                     [("branch7x7dbl_1", d, 1), ("branch7x7dbl_2", d, (7, 1)), ("branch7x7dbl_3", d, (1, 7)),
-                      ("branch7x7dbl_4", d, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))],
-                     [("branch_pool", 192, 1)]], "average")
-
-
-def block_d(c):
-    return Mixed(c, [[("branch3x3_1", 192, 1), ("branch3x3_2s", 320, 3)],
-                     [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)),
-                      ("branch7x7x3_3", 192, (7, 1)),
-                      ("branch7x7x3_4s", 192, 3)]], "reduce")
-
-
-def block_e(c, pool):
-    return Mixed(c, [[("branch1x1", 320, 1)],
-                     [("branch3x3_1", 384, 1),
-                      [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]],
-                     [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
-                      [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]],
-                     [("branch_pool", 192, 1)]], pool)
+def mixed_7(c, pool):
+    return Mixed(c, pool, "branch1x1:320:1", "branch3x3_1:384:1 branch3x3_2a:384:1x3|branch3x3_2b:384:3x1",
+                 "branch3x3dbl_1:448:1 branch3x3dbl_2:384:3 branch3x3dbl_3a:384:1x3|branch3x3dbl_3b:384:3x1",
+                 "branch_pool:192:1")
 
 
 class InceptionV3(nn.Module):
@@ -118,22 +103,35 @@ class InceptionV3(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, 3, 2, 0), Conv(32, 32, 3, 1, 0)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
-        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80, 1), Conv(80, 192, 3, 1, 0)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = block_a(192, 32), block_a(256, 64), block_a(288, 64)
-        self.Mixed_6a, self.Mixed_6b = block_b(288), block_c(768, 128)
-        self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = block_c(768, 160), block_c(768, 160), block_c(768, 192)
-        self.Mixed_7a = block_d(768)
-        self.Mixed_7b, self.Mixed_7c = block_e(1280, "average"), block_e(2048, "max")
-        self.fc = nn.Linear(2048, 1008)                # not run here; the published file has it
+        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, (3, 3), 2, 0), Conv(32, 32, (3, 3), 1, 0)
+        self.Conv2d_2b_3x3 = Conv(32, 64, (3, 3))
+        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80), Conv(80, 192, (3, 3), 1, 0)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_5(192, 32), mixed_5(256, 64), mixed_5(288, 64)
+        self.Mixed_6a = Mixed(288, "reduce", "branch3x3:384:3",
+                              "branch3x3dbl_1:64:1 branch3x3dbl_2:96:3 branch3x3dbl_3:96:3")
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (mixed_6(d)
+                                                                      for d in (128, 160, 160, 192))
+        self.Mixed_7a = Mixed(768, "reduce", "branch3x3_1:192:1 branch3x3_2:320:3",
+                              "branch7x7x3_1:192:1 branch7x7x3_2:192:1x7 branch7x7x3_3:192:7x1 "
+                              "branch7x7x3_4:192:3")
+        self.Mixed_7b, self.Mixed_7c = mixed_7(1280, "average"), mixed_7(2048, "max")
+        self.fc = nn.Linear(2048, 1008)
 
-    def forward(self, x):
+    def features(self, x):
+        """pool3 (B, 2048) and spatial (B, 2023): the first 7 channels of Mixed_6d, in H, W, C order."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))             # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))             # (B, 192, 71, 71)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))        # (B, 288, 35, 35)
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))   # (B, 768, 17, 17)
-        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean((2, 3))            # (B, 2048)
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))             # (B, 768, 17, 17)
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                             # (B, 2023)
+        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x)))).mean((2, 3)), spatial
+
+    def forward(self, x):
+        return self.features(x)[0]
+
+    def logits(self, pool3):
+        """Class scores (B, 1008) without the bias, as the Inception score wants them."""
+        return pool3 @ self.fc.weight.T
 
 
 def resize_adm(x, size=299):
@@ -149,8 +147,18 @@ def resize_adm(x, size=299):
     return x[..., top, :] + (x[..., bottom, :] - x[..., top, :]) * wy[:, None]        # (B, 3, 299, 299)
 
 
-def load_inception(path, device):
-    """(features of uint8 images (B, 3, H, W), name), from the published weights file."""
+def prepare(images, mode):
+    """Images of 0 to 255, (B, 3, H, W) or a list of unequal (3, H, W) -> the network's input (B, 3, 299,
+    299)."""
+    if isinstance(images, list):
+        return torch.cat([prepare(image[None], mode) for image in images])
+    if mode == "adm":
+        return (resize_adm(images.float()) - 128) / 128
+    return 2 * F.interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False) - 1
+
+
+def load_inception(path, device, mode="adm"):
+    """(network, its features of images as of `prepare`, label) from the published weights file."""
     cached = [Path(torch.hub.get_dir(), "checkpoints", name) for name in WEIGHTS]
     path = Path(path) if path else next((f for f in cached if f.is_file()), None)
     if path is None or not path.is_file():
@@ -158,33 +166,37 @@ def load_inception(path, device):
                          f"{SHA256}) and pass --weights FILE, or compare with --features encoder:NAME")
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
     if sha != SHA256:
-        print(f"warning: {path} is not the published file (sha256 {sha[:8]}, not {SHA256[:8]})")
+        warn(f"{path} is not the published file (sha256 {sha[:8]}, not {SHA256[:8]})")
     net = InceptionV3()
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:                             # torch raises several kinds for a broken or other file
         raise ValueError(f"{path}: not the Inception weights ({' '.join(str(e).split())[:120]})") from None
     net = net.to(device).eval().requires_grad_(False)
-    return lambda images: net((resize_adm(images.float()) - 128) / 128), f"adm, inception {sha[:8]}"
+    return net, lambda images: net.features(prepare(images, mode)), f"{mode}, inception {sha[:8]}"
 
 
 def load_encoder(name, size, device):
-    """(features, name) of an encoder of rae.py: its tokens, averaged over the image."""
+    """The same of an encoder of rae.py: its tokens, averaged over the image of `size` pixels."""
     from rae import build_encoder
-    encoder = build_encoder(name, size).to(device)
-    return lambda images: encoder(images.float() / 255).mean(1), f"encoder {name} {encoder.fingerprint[:8]}"
+    if not size.isdigit():
+        raise ValueError(f"--features encoder:{name} wants square images of one size; pass --crop")
+    encoder = build_encoder(name, int(size)).to(device)
+    label = f"encoder {name} {encoder.fingerprint[:8]}"
+    return None, lambda images: (encoder(images.float() / 255).mean(1),), label
 
 
-# --------------------------------------------------------------------------------------------- the statistics
+# ------------------------------------------------------------------------------------------------- the images
 
 class Images:
-    """Images of a folder (recursive, sorted), an .npz or the toy world, as batches (B, 3, H, W) uint8."""
+    """Images of a folder (recursive, sorted), an .npz or the toy world; crop: the side of ADM's crop, or
+    None."""
 
-    def __init__(self, source):
-        self.source, self.files, self.array = source, None, None
+    def __init__(self, source, crop=None):
+        self.source, self.crop, self.files, self.array = str(source), crop, None, None
         path = Path(source)
         if source == "toy":
-            from rae import ToyShapes
+            from assets.toy_world import ToyShapes
             self.array = ToyShapes("val").images
         elif path.is_dir():
             self.files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
@@ -195,7 +207,9 @@ class Images:
             self.array = self.array.transpose(0, 3, 1, 2)
         if len(self) < 2:
             raise ValueError(f"{source}: {len(self)} images; a distance needs two at least")
-        self.size = self.read(0).shape[-1]
+        sizes = {self.read(i).shape[1:] for i in range(min(len(self), 64))}
+        height, width = sizes.pop()
+        self.size = "mixed" if sizes else width if height == width else f"{width}x{height}"
 
     def __len__(self):
         return len(self.array if self.files is None else self.files)
@@ -204,17 +218,19 @@ class Images:
         if self.files is None:
             return torch.from_numpy(np.ascontiguousarray(self.array[i]))
         try:
-            pixels = np.array(Image.open(self.files[i]).convert("RGB"))
-            return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+            image = Image.open(self.files[i]).convert("RGB")
         except Exception as e:                         # PIL raises half a dozen kinds for broken files
             raise ValueError(f"{self.files[i]}: cannot be read as an image ({e})") from None
+        if self.crop:
+            from rae import center_crop
+            image = center_crop(image, self.crop)
+        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())            # (3, H, W)
 
-    def batches(self, num, size):
-        for first in range(0, num, size):
+    def batches(self, num, size, rank, world):
+        """(number of the first image, batch): every world-th batch from number rank on."""
+        for first in range(rank * size, num, world * size):
             batch = [self.read(i) for i in range(first, min(first + size, num))]
-            if len({x.shape for x in batch}) > 1:
-                raise ValueError(f"{self.source}: images of several sizes; crop them alike first")
-            yield torch.stack(batch)
+            yield first, torch.stack(batch) if len({x.shape for x in batch}) == 1 else batch
 
 
 def read_npz(path, *keys):
@@ -223,10 +239,16 @@ def read_npz(path, *keys):
         raise ValueError(f"{path}: no such file or folder")
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {k: file[k] for k in keys if k in file.files}
+            arrays = {k: file[k] for k in keys if k in file.files}
     except Exception as e:                             # numpy raises half a dozen kinds for other files
         raise ValueError(f"{path}: not an .npz of arrays ({type(e).__name__})") from None
+    for key, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{path}: {key} holds numbers that are not finite")
+    return arrays
 
+
+# ------------------------------------------------------------------------------------------------ the numbers
 
 class Moments:
     """Mean (D,) and unbiased covariance (D, D) of features (B, D) that come in batches; float64 sums."""
@@ -238,19 +260,56 @@ class Moments:
         f = features.cpu().double()
         self.n, self.total, self.outer = self.n + len(f), self.total + f.sum(0), self.outer + f.T @ f
 
+    def merge(self):
+        """Add what the other processes saw."""
+        self.n, self.total, self.outer = map(sum, zip(*gathered((self.n, self.total, self.outer))))
+        return self
+
     def result(self):
         mu = self.total / self.n
         return mu.numpy(), ((self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)).numpy()
 
 
+def gathered(x):
+    """x of every process, by rank."""
+    parts = [x]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, x)
+    return parts
+
+
 @torch.no_grad()
-def statistics(images, features, num, batch_size, device):
-    """Mean and covariance of the features of the first num images."""
-    moments = Moments()
-    for batch in tqdm(images.batches(num, batch_size), total=-(-num // batch_size), desc=str(images.source),
-                      disable=not sys.stderr.isatty()):
-        moments.add(features(batch.to(device)))                                       # (B, features)
-    return moments.result()
+def statistics(images, features, num, batch, device, net=None, metrics=("fid",)):
+    """What the metrics need of the first num images: mu, sigma, mu_s, sigma_s, is, pool3 (num, 2048) float32.
+    Batches go to the processes in turn, and their sums are added up: any number of processes sees the batches
+    of one. Only precision and recall keep features; all else is summed as the batches come."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    pool, spatial, kept = Moments(), Moments(), {}
+    chunks = torch.zeros(-(-num // CHUNK), 1009,
+                         dtype=torch.float64)  # by chunk: sums of p, and of its entropy
+    for first, x in tqdm(images.batches(num, batch, rank, world), desc=images.source,
+                         unit_scale=batch * world,
+                         unit="image", disable=rank > 0 or not sys.stderr.isatty()):
+        f, *more = features([i.to(device) for i in x] if isinstance(x, list) else x.to(device))
+        pool.add(f)
+        if "sfid" in metrics:
+            spatial.add(more[0])
+        if "is" in metrics:
+            p = net.logits(f).cpu().double().softmax(1)                               # (B, 1008)
+            p = torch.cat([p, torch.special.entr(p).sum(1, keepdim=True)], 1)
+            chunks.index_add_(0, torch.arange(first, first + len(p)) // CHUNK, p)
+        if "pr" in metrics:
+            kept[first] = f.cpu()
+    result = dict(zip(("mu", "sigma"), pool.merge().result()))
+    if "sfid" in metrics:
+        result |= dict(zip(("mu_s", "sigma_s"), spatial.merge().result()))
+    if "is" in metrics:
+        result["is"] = inception_score(sum(gathered(chunks)), num)
+    if "pr" in metrics:
+        kept = {first: f for part in gathered(kept) for first, f in part.items()}
+        result["pool3"] = torch.cat([kept[first] for first in sorted(kept)])
+    return result
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -260,52 +319,149 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root)
 
 
+def inception_score(chunks, num):
+    """exp(H(p(y)) - H(p(y|x))), averaged over chunks of 5,000 images in order; rows as `statistics` sums
+    them."""
+    n = torch.tensor([min(CHUNK, num - CHUNK * i) for i in range(len(chunks))], dtype=torch.float64)
+    mean = chunks / n[:, None]
+    return (torch.special.entr(mean[:, :-1]).sum(1) - mean[:, -1]).exp().mean().item()
+
+
+def distances(a, b):
+    """Squared distances of rows of a (n, D) and all rows of b (m, D), in blocks of columns."""
+    for block in b.split(10000):
+        yield a.square().sum(1, keepdim=True) + block.square().sum(1) - 2 * a @ block.T
+
+
+@torch.no_grad()
+def precision_recall(samples, references, k=3):
+    """Share of samples inside some reference's ball, and of references inside some sample's (float32 rows).
+    A ball reaches to its centre's k-th neighbour of its own set (Kynkaanniemi et al. 2019)."""
+    center = references.mean(0)                        # smaller numbers, smaller rounding
+    sides, radii = [samples - center, references - center], []
+    for x in sides:
+        radius = []
+        for rows in x.split(500):
+            best = torch.full((len(rows), k + 1), torch.inf, device=x.device)
+            for d in distances(rows, x):
+                best = torch.cat([best, d], 1).topk(k + 1, largest=False).values
+            radius.append(best[:, -1])                 # the row itself is among them
+        radii.append(torch.cat(radius))
+    inside = [torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in sides]
+    for i, rows in enumerate(sides[0].split(500)):
+        for j, d in enumerate(distances(rows, sides[1])):
+            mine, theirs = slice(500 * i, 500 * i + len(rows)), slice(10000 * j, 10000 * j + d.shape[1])
+            inside[0][mine] |= (d <= radii[1][theirs]).any(1)
+            inside[1][theirs] |= (d <= radii[0][mine, None]).any(0)
+    return tuple(x.float().mean().item() for x in inside)
+
+
+def warn(text):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def score(samples, reference, features="inception", weights=None, mode="adm", metrics=("fid",), num=0,
+          batch=64,
+          device="cpu", crop=None):
+    """The metrics of samples against a reference, in a dict that also says what they were made of.
+    Either side is a path or an object like Images; without a reference, the samples' statistics. ValueError
+    where the two sides were not made alike."""
+    began, seen, sides, results = time.time(), 0, [], []
+    for source in (samples, reference)[:1 + (reference is not None)]:
+        stored = read_npz(Path(source), "mu", "sigma", "mu_s", "sigma_s", "label", "size", "n") \
+            if str(source).endswith(".npz") else {}
+        held = {m for m, key in (("fid", "mu"), ("sfid", "mu_s")) if key in stored}
+        wanted = [m for m in metrics if m not in held and (m != "is" or not sides)]
+        images = (Images(source, crop) if isinstance(source, str) else source) if wanted else None
+        sides.append((source, stored, wanted, images, str(images.size if images else stored.get("size",
+                                                                                                "?"))))
+    sizes = sorted({size for *_, size in sides} - {"?"})
+    if len(sizes) > 1:
+        raise ValueError(f"{samples} and {reference} have {' and '.join(sizes)} px; pass --crop or the "
+                         "statistics of the same crop")
+    if features == "inception":
+        net, extract, label = load_inception(weights, device, mode)
+    elif features.startswith("encoder:"):
+        net, extract, label = load_encoder(features[8:], sizes[0], device)
+    else:
+        raise ValueError(f"--features {features}: wants inception or encoder:NAME")
+    for source, stored, wanted, images, size in sides:
+        if "mu" in stored and "label" not in stored:
+            warn(f"{source} does not say of which mode and weights its statistics are; taken for {label}")
+        elif "mu" in stored and str(stored["label"]) != label:
+            raise ValueError(f"{source}: statistics of ({stored['label']}), not of ({label}); make them again")
+        n = min(num or len(images), len(images)) if images else int(stored.get("n", 0))
+        fresh = statistics(images, extract, n, batch, device, net, wanted) if wanted else {}
+        seen += len(fresh) and n
+        results.append(fresh | stored | {"n": n, "size": size, "label": label})
+    if reference is None:
+        return results[0]
+    out = dict(num=results[0]["n"], label=label, images_per_s=seen / (time.time() - began))
+    for name, key in (("FID", ""), ("sFID", "_s")):
+        if name.lower() in metrics:
+            out[name if net else "Frechet distance"] = frechet_distance(
+                *(r[k + key] for r in results for k in ("mu", "sigma")))
+    if "is" in metrics:
+        out["IS"] = results[0]["is"]
+    if "pr" in metrics:
+        out["precision"], out["recall"] = precision_recall(*(r["pool3"].to(device) for r in results))
+    return out
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("samples", nargs="?", default="out/samples.npz", help="folder or .npz")
     p.add_argument("reference", nargs="?", default="toy", help="folder, .npz of images or statistics, or toy")
+    p.add_argument("--metrics", default="fid", help="of fid,sfid,is,pr: any, with commas")
+    p.add_argument("--mode", choices=["adm", "pytorch-fid"], default="adm", help="resize before the network")
     p.add_argument("--features", help="inception, or encoder:NAME; default: inception, for toy encoder:toy")
     p.add_argument("--weights", help="file of the 2015 Inception weights")
+    p.add_argument("--save", help="write the statistics of SAMPLES to this .npz and stop")
+    p.add_argument("--crop", type=int, help="ADM's centre crop of every image to this side first")
     p.add_argument("--num", type=int, default=0, help="first images of each side, 0 for all")
-    p.add_argument("--batch-size", type=int, default=64, help="images at once")
+    p.add_argument("--batch", type=int, default=64, help="images at once")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cuda, mps or cpu")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the line")
     args = p.parse_args()
+    metrics, toy = args.metrics.split(","), args.reference == "toy" and not args.weights and not args.save
+    features = args.features or ("encoder:toy" if toy else "inception")
+    if set(metrics) - {"fid", "sfid", "is", "pr"}:
+        raise ValueError(f"--metrics {args.metrics}: wants some of fid,sfid,is,pr")
+    if features != "inception" and metrics != ["fid"]:
+        raise ValueError(f"--metrics {args.metrics}: only fid's distance is there for --features {features}")
     if args.samples == "out/samples.npz" and not Path(args.samples).is_file():
         raise ValueError(f"{args.samples}: no such file; run sample.py first, or name SAMPLES and REFERENCE")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("gloo")
+        args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {args.device}: not on this machine") from None
-    samples = Images(args.samples)
-    kind = args.features or ("encoder:toy" if args.reference == "toy" and not args.weights else "inception")
-    if kind.startswith("encoder:"):
-        features, label = load_encoder(kind.removeprefix("encoder:"), samples.size, args.device)
-    elif kind == "inception":
-        features, label = load_inception(args.weights, args.device)
-    else:
-        raise ValueError(f"--features {kind}: wants inception or encoder:NAME")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-
-    def side(images):
-        num = min(args.num or len(images), len(images))
-        return num, *statistics(images, features, num, args.batch_size, args.device)
-
-    stored = read_npz(Path(args.reference), "mu", "sigma") if args.reference.endswith(".npz") else {}
-    reference = None if len(stored) == 2 and kind == "inception" else Images(args.reference)
-    if reference and reference.size != samples.size:
-        raise ValueError(f"{args.samples} has {samples.size} px, {args.reference} {reference.size}; "
-                         "crop alike first")
-    n, *first = side(samples)
-    second = side(reference)[1:] if reference else (stored["mu"], stored["sigma"])
-    value, name = frechet_distance(*first, *second), "FID" if kind == "inception" else "Frechet distance"
-    if n < 2048 and kind == "inception":
-        print(f"warning: {n} samples; below 2048 the number is far too high, and papers use 50,000")
-    print(json.dumps(dict(name=name, value=value, num=n, features=label, reference=args.reference))
-          if args.json else
-          f"{name} {value:.4f}  (N={n}, {label}, float32, reference {args.reference})")
+    if any(f.suffix.lower() in (".jpg", ".jpeg") for f in Path(args.samples).rglob("*")):
+        warn(f"{args.samples} holds JPEG images, whose losses alone raise FID by several points; save PNG or .npz")
+    if args.save:
+        args.reference, metrics = None, ["fid", "sfid"] if features == "inception" else ["fid"]
+    result = score(args.samples, args.reference, features, args.weights, args.mode, metrics, args.num,
+                   args.batch,
+                   args.device, args.crop)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    if args.save:
+        np.savez(args.save, **result)
+        return print(f"wrote {args.save}  (N={result['n']}, {result['size']} px, {result['label']})")
+    num, label, rate = (result.pop(k) for k in ("num", "label", "images_per_s"))
+    if num < 2048 and features == "inception":
+        warn(f"{num} samples; below 2048 the number is far too high, and papers use 50,000")
+    if args.json:
+        return print(json.dumps(result | dict(num=num, label=label, images_per_s=rate,
+                                              reference=args.reference)))
+    print("  ".join(f"{k} {v:.4f}" for k, v in result.items())
+          + f"  (N={num}, {label}, float32, reference {args.reference})  {rate:.0f} images/s")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,13 @@
 """Representation autoencoder: frozen encoder, trained ViT decoder (arXiv 2510.11690, section 3).
-
     from rae import load_rae
     rae = load_rae("assets/toy_decoder.pt")            # the decoder's file names its encoder
     z = rae.encode(images)                        # (B, 3, H, W) in [0, 1] -> (B, N, C), mean 0 and variance 1
     images = rae.decode(z)                             # (B, N, C) -> (B, 3, H, W)
-
 Letters, the same in every file:
     B batch      N tokens = h w     C latent channels    D width    H W pixels    h w latent grid    p patch
     t time, 0 data to 1 noise       z latent        x_t = (1 - t) z + t eps    v = eps - z    eps ~ N(0, I)
     alpha schedule shift            tau the decoder's latent noise
-
-In order: images, toy world, encoder, decoder, both together, files, what the training loops share.
+In order: images, encoder, decoder, both together, files, what the training loops share.
 """
 
 import argparse
@@ -66,7 +63,6 @@ def to_uint8(images):
 
 class ImageFolder:
     """Images below a folder. Its folders are the classes, in sorted order; a flat folder is one class.
-
     Whatever PIL opens becomes RGB (alpha is dropped). An image that cannot be read stops the run with its
     name: to skip it would silently change which images a step sees. ValueError if the folder is missing or
     has no images."""
@@ -96,23 +92,6 @@ class ImageFolder:
         return np.asarray(image).transpose(2, 0, 1)                                   # (3, H, W) uint8
 
 
-class ToyShapes:
-    """The offline data set: coloured shapes of 10 classes, drawn from another seed for each split."""
-
-    def __init__(self, split="train", size=32):
-        self.images, self.labels = toy_images(*TOY[split], size)
-        self.classes = list(SHAPES)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def load(self, index, rng):
-        return self.images[index]
-
-
-TOY = {"train": (30000, 0), "val": (2000, 1)}           # split: (images, seed)
-
-
 def spread(data, n):
     """Indices of up to n images of a data set, evenly spread over it."""
     return np.linspace(0, len(data) - 1, min(n, len(data))).astype(int)
@@ -126,71 +105,9 @@ def read_images(data, indices, device):
 def open_data(data, size, split="train", short=None):
     """--data as a data set, with classes, labels and load(index, rng) -> (3, H, W) uint8."""
     if data == "toy":
+        from assets.toy_world import ToyShapes
         return ToyShapes(split, size)
     return ImageFolder(data, size, short)
-
-
-# ---------------------------------------------------------------------------------------------- the toy world
-# Signed distances of each shape in units of its radius: x to the right, y down, negative inside. Every shape
-# is its own mirror image, so that a horizontal flip is another picture of the same world.
-
-def box(x, y, w, h):
-    return np.maximum(np.abs(x) - w, np.abs(y) - h)
-
-
-def triangle(x, y):
-    return np.max([x * np.sin(a) - y * np.cos(a) for a in (np.pi / 3, np.pi, 5 * np.pi / 3)], axis=0) - 0.52
-
-
-def star(x, y):
-    """Five points: fold the plane into one tenth of the star, whose border there is one straight line."""
-    sector = 2 * np.pi / 5
-    angle = np.abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
-    tip, notch_x, notch_y = 1.05, 0.42 * np.cos(sector / 2), 0.42 * np.sin(sector / 2)
-    r, normal = np.hypot(x, y), np.hypot(notch_y, tip - notch_x)
-    return ((r * np.cos(angle) - tip) * notch_y + r * np.sin(angle) * (tip - notch_x)) / normal
-
-
-SHAPES = {
-    "disc": lambda x, y: np.hypot(x, y) - 0.9,
-    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.7) - 0.25,
-    "square": lambda x, y: box(x, y, 0.8, 0.8),
-    "triangle": lambda x, y: triangle(x, y - 0.15),
-    "star": star,
-    "cross": lambda x, y: np.minimum(box(x, y, 1, 0.3), box(x, y, 0.3, 1)),
-    "heart": lambda x, y: np.minimum(box((x + y - 0.1) * 0.7071, (x - y + 0.1) * 0.7071, 0.52, 0.52),
-                                     np.hypot(np.abs(x) - 0.368, y + 0.268) - 0.52),
-    "moon": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.75 - np.hypot(x, y + 0.5)),
-    "bar": lambda x, y: box(x, y, 1, 0.3),
-    "hourglass": lambda x, y: np.maximum(np.abs(y) - 0.9, (np.abs(x) - 0.8 * np.abs(y) - 0.1) * 0.78),
-}
-
-
-def hsv_to_rgb(h, s, v):
-    """Arrays (n,) in [0, 1] -> (n, 3, 1, 1)."""
-    k = (np.array([5, 3, 1]) + 6 * h[:, None]) % 6
-    return (v[:, None] * (1 - s[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1)))[:, :, None, None]
-
-
-def toy_images(n, seed, size=32):
-    """n images (n, 3, size, size) uint8 and labels (n,): bright shapes on dark grounds, labels 0..9 in turn.
-
-    Each image draws its radius (9 to 12 px of 32), place (2 px), turn (15 degrees) and two colours from the
-    seed."""
-    u = np.random.default_rng(seed).random((n, 10)).astype(np.float32)
-    labels, images = np.arange(n) % 10, np.empty((n, 3, size, size), np.uint8)
-    pixel = (np.arange(size, dtype=np.float32) + 0.5) * 32 / size - 16            # pixel centres, in px of 32
-    for label, distance in enumerate(SHAPES.values()):
-        rows = u[label::10]
-        radius, dx, dy, turn = (rows[:, i, None, None] for i in range(4))
-        radius, turn = 9 + 3 * radius, np.deg2rad(15 * (2 * turn - 1))
-        x, y = (pixel - 2 * (2 * dx - 1)) / radius, (pixel[:, None] - 2 * (2 * dy - 1)) / radius
-        d = distance(x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)) * radius
-        cover = np.clip(0.5 - d * size / 32, 0, 1)[:, None]                      # anti-aliased over one pixel
-        bright = hsv_to_rgb(rows[:, 4], 0.6 + 0.4 * rows[:, 5], 0.75 + 0.25 * rows[:, 6])
-        dark = hsv_to_rgb(rows[:, 7], 0.1 + 0.5 * rows[:, 8], 0.1 + 0.25 * rows[:, 9])
-        images[label::10] = np.round(255 * (cover * bright + (1 - cover) * dark))
-    return images, labels
 
 
 # ------------------------------------------------------------------------------------------------ the encoder
@@ -204,7 +121,8 @@ ENCODERS = {
     "dinov2-l": ("vit_large_patch14_reg4_dinov2.lvd142m", 14 / 16, IMAGENET, True, {}),
     "siglip2-b": ("vit_base_patch16_siglip_256.v2_webli", 1, HALF, False, {"act_layer": "gelu_tanh"}),
     "mae-b": ("vit_base_patch16_224.mae", 1, IMAGENET, False, {}),
-    "dino-s8": ("vit_small_patch8_224.dino", 1, IMAGENET, True, {"act_layer": "gelu_tanh"}),  # for stage 1's D
+    "dino-s8": ("vit_small_patch8_224.dino", 1, IMAGENET, True, {"act_layer": "gelu_tanh"}),
+    # for stage 1's D
 }
 
 
@@ -221,7 +139,6 @@ def fingerprint(tensors):
 
 class Encoder(nn.Module):
     """A frozen timm VisionTransformer as a latent space: images (B, 3, H, W) in [0, 1] -> tokens (B, N, C).
-
     input_size is the side that the ViT sees; mean and std are per colour. antialias is for resizing the ViT's
     positions to its grid: the released code resizes MAE's and SigLIP2's without. The last LayerNorm loses its
     affine weights and prefix tokens are dropped (appendix C). Takes over `vit` and never trains it."""
@@ -266,10 +183,10 @@ class Encoder(nn.Module):
 
 
 def load_timm(model, weights, flag, unused=(), **extra):
-    """A timm model with pretrained weights: fetched, or from a local file in timm's names (.pt, .safetensors).
-
-    ValueError where neither is to be had (it names the flag of the file) or a tensor is wrong; the unused ones
-    may be missing."""
+    """A timm model with pretrained weights: fetched, or from a local file in timm's names (.pt,
+    .safetensors).
+    ValueError where neither is to be had (it names the flag of the file) or a tensor is wrong; the unused
+    ones may be missing."""
     import timm
     if not timm.is_model(model):
         raise ValueError(f"timm has no model {model}")
@@ -288,7 +205,6 @@ def load_timm(model, weights, flag, unused=(), **extra):
 
 def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
     """Encoder by name: one of ENCODERS, "toy", "timm:MODEL", or a file written by assets/pretrain_encoder.py.
-
     weights: a local file in timm's names (.pt, .pth, .safetensors) instead of the download; flag names it in
     errors."""
     from timm.models.vision_transformer import VisionTransformer
@@ -346,7 +262,6 @@ class DecoderBlock(nn.Module):
 
 class Decoder(nn.Module):
     """MAE-style ViT: raw tokens (B, N, C) -> images (B, 3, H, W) in the encoder's normalised colours.
-
     Its parameters bear the released names, so its state dict is a released file."""
 
     def __init__(self, latent_dim, grid, patch_size, width, depth, heads, mlp_dim):
@@ -386,7 +301,6 @@ def sincos_2d(dim, grid):
 
 class RAE(nn.Module):
     """Encoder and decoder with the latent's statistics between them.
-
     mean, var: (C, h, w) as in a released stat.pt, over the training set, one per position and channel; None
     leaves the tokens as they are. tau: strength of the noise that the decoder is trained on (section 4.3), in
     train() mode only: sigma = tau U(0, 1) per image ("uniform", as released) or |N(0, tau^2)| ("half-normal",
@@ -436,7 +350,6 @@ class RAE(nn.Module):
 
 def latent_statistics(encoder, data, batch_size, device, rank=0, world=1):
     """Exact mean and population variance (C, h, w) of the tokens of a data set, centre crops in both flips.
-
     One pass in float64. The released running average depends on the order and is wrong on small sets."""
     sums = torch.zeros(2, encoder.grid ** 2, encoder.dim, dtype=torch.float64)
     mine = range(rank, len(data), world)
@@ -474,7 +387,6 @@ RELEASED = {
 
 def load_released_decoder(state_dict_or_path, heads=None):
     """Decoder from a state dict or file in the released names; its sizes are read from the shapes.
-
     heads comes from a known width (768, 1024, 1152) unless given. What else a checkpoint of ours holds is in
     the result's `about`. ValueError names a wrong or missing tensor."""
     file, where = state_dict_or_path, "state dict"
@@ -558,7 +470,6 @@ def released_file(name, kind=0):
 
 def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cpu"):
     """RAE of a decoder: a checkpoint of train_decoder.py, "released:NAME", or a released file.
-
     The first two know their encoder and statistics; a bare file needs encoder (a name) and stats (a file)."""
     name, decoder = str(decoder), load_released_decoder(released_file(decoder))
     about = decoder.about
@@ -653,8 +564,9 @@ def parse(parser, presets):
 
 def settings_of(args):
     """The arguments that make a run what it is; a checkpoint holds them, and only their like continues it."""
-    free = {"out", "device", "workers", "eval_every", "eval_num", "eval_sigma", "inception", "log_every",
-            "sample_every", "save_every"}
+    free = {"out", "device", "workers", "eval_every", "eval_num", "eval_sigma", "fid_every", "fid_num",
+            "fid_reference",
+            "inception", "log_every", "sample_every", "save_every"}
     return {k: v for k, v in vars(args).items() if k not in free}
 
 
@@ -737,7 +649,6 @@ def update_ema(ema, model, decay, step):
 
 class Guard:
     """Only finite gradients become a step: the others are counted, and five in a row end the run.
-
     Gradients are summed over processes before it looks, so that all of them skip or stop together."""
 
     def __init__(self):
@@ -767,7 +678,6 @@ def save_checkpoint(out, file):
 
 def resume(out, kind, settings):
     """The newest whole checkpoint of this very run in `out`, or None if the folder is new.
-
     ValueError if the folder holds something else or a run with other settings (the differences are named)."""
     out, file = Path(out), None
     paths = [path for path in (out / "checkpoint.pt", out / "previous.pt") if path.exists()]
@@ -778,7 +688,7 @@ def resume(out, kind, settings):
             except ValueError as e:
                 say(f"{e}; trying the one before")
     if file is None:
-        early = {"log.jsonl", "pairs.png", "eval.png", "checkpoint.tmp"}          # a run that was killed at its start
+        early = {"log.jsonl", "pairs.png", "eval.png", "checkpoint.tmp"}  # a run that was killed at its start
         if paths or out.exists() and {f.name for f in out.iterdir()} - early:
             raise ValueError(f"{out}: not empty, without a whole checkpoint of ours; pass another --out")
         return None

@@ -1,15 +1,14 @@
 """Pictures from a trained model: Euler from noise to a latent, then the decoder (5.1, E, I).
-
     python sample.py                                               # out/diffusion -> out/samples.png and .npz
     python sample.py --classes 0,3,7 --cfg 2 --out shapes.png
     python sample.py --preset imagenet256 --guide released:DiTDH-S-256 --scale 1.42 --num 50000 --out x.npz
-
 --out x.png is a grid of up to 100 pictures with x.npz of all beside it; x.npz alone holds uint8 (N, H, W, 3)
-as ADM's evaluator wants it; anything else is a folder of PNGs. Sample i depends on (seed, i) and its label,
-not on the batch it is drawn in.
+as ADM's evaluator wants it; anything else is a folder of PNGs. Each carries a record of weights, flags and
+seed. Sample i depends on (seed, i) and its label, not on the batch or process it is drawn in.
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -20,8 +19,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit_dh import load_released, sample, shift_alpha, time_grid
-from rae import (autocast, cli, keyed, load_rae, parse, positive, released_file, save_grid, say, start,
-                 to_uint8)
+from fid import gathered
+from rae import (autocast, cli, fingerprint, keyed, load_rae, parse, positive, released_file, save_grid, say,
+                 start, to_uint8)
 
 PRESETS = {
     "toy": dict(ckpt="out/diffusion/checkpoint.pt", num=500, cfg=1.5, batch_size=250),
@@ -43,6 +43,27 @@ def generate(rae, model, labels, grid, seed, first=0, **guidance):
                          for i in range(len(labels))])                                # (B, N, C)
     z = sample(model, noise, torch.as_tensor(labels, device=device), grid, **guidance)   # (B, N, C)
     return rae.decode(z).clamp(0, 1)                                                  # (B, 3, H, W)
+
+
+class Samples:
+    """Samples of a model as fid.py takes images: 8-bit batches, drawn when asked for."""
+
+    def __init__(self, rae, model, labels, grid, seed, precision, **guidance):
+        self.parts, self.guidance, self.labels, self.precision = (rae, model), guidance, labels, precision
+        self.grid, self.seed, self.source = grid, seed, "samples"
+        self.size = rae.decoder.grid * rae.decoder.patch_size
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batches(self, num, size, rank, world):
+        """(number of the first sample, batch (b, 3, H, W) uint8): every world-th batch from number rank
+        on."""
+        for first in range(rank * size, num, world * size):
+            with self.precision:
+                yield first, to_uint8(generate(*self.parts, self.labels[first:min(first + size, num)],
+                                               self.grid,
+                                               self.seed, first, **self.guidance)).cpu()
 
 
 def check_fit(name, model, rae):
@@ -79,12 +100,7 @@ def main():
     args = parse(p, PRESETS)
     if args.ckpt == PRESETS["toy"]["ckpt"] and not Path(args.ckpt).is_file():
         raise ValueError(f"{args.ckpt}: no such file; run train_diffusion.py first, or pass --ckpt")
-    out = Path(args.out)
-    if out.suffix not in (".png", ".npz") and out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: not empty, and old images would mix with new; pass another --out")
-    device, _, world = start(args)
-    if world > 1:
-        raise ValueError("sample.py is for one process; run it without torchrun")
+    device, rank, world = start(args)
 
     model = load_released(released_file(args.ckpt)).to(device)
     settings = model.about.get("settings", {})
@@ -119,21 +135,32 @@ def main():
     say(f"{args.ckpt}: {args.num} samples, {args.steps} steps, alpha {alpha:.3f}, "
         + (f"AutoGuidance {args.scale}" if args.guide else f"cfg {args.cfg}"))
 
-    images, began = [], time.time()
-    bar = tqdm(total=args.num, unit="image", disable=not sys.stderr.isatty())
-    for first in range(0, args.num, args.batch_size):
-        batch = labels[first:first + args.batch_size]
-        with autocast(device, args):
-            images.append(to_uint8(generate(rae, model, batch, grid, args.seed, first, **guidance)).cpu())
-        bar.update(len(batch))
-    images = torch.cat(images)                                                        # (N, 3, H, W) uint8
+    record = {k: v for k, v in vars(args).items() if k not in ("out", "batch_size", "device", "preset")}
+    record |= {"alpha": alpha, "weights": fingerprint(model.state_dict()), "latents": rae.fingerprint(),
+               "guide_weights": fingerprint(guide.state_dict()) if args.guide else None}
+    out, record = Path(args.out), json.dumps(record)
+    if out.suffix not in (".png", ".npz") and out.exists() and any(out.iterdir()):
+        kept = out / "record.json"
+        if not kept.is_file() or kept.read_text() != record:
+            raise ValueError(f"{out}: not empty, and its images would mix with others; pass another --out")
+    samples = Samples(rae, model, labels, grid, args.seed, autocast(device, args), **guidance)
+    images, began = {}, time.time()
+    bar = tqdm(total=args.num, unit="image", disable=rank > 0 or not sys.stderr.isatty())
+    for first, batch in samples.batches(args.num, args.batch_size, rank, world):
+        images[first] = batch
+        bar.update(len(batch) * world)
+    images = {first: batch for part in gathered(images) for first, batch in part.items()}
+    if rank > 0:
+        return
+    images = torch.cat([images[first] for first in sorted(images)])                   # (N, 3, H, W) uint8
     say(f"{args.num / (time.time() - began):.2f} images/s")
     pixels = images.permute(0, 2, 3, 1).numpy()                                       # (N, H, W, 3)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix in (".png", ".npz"):
-        np.savez(out.with_suffix(".npz"), arr_0=pixels)
+        np.savez(out.with_suffix(".npz"), arr_0=pixels, record=record)
     else:
         out.mkdir(exist_ok=True)
+        (out / "record.json").write_text(record)
         for i, picture in enumerate(pixels):
             Image.fromarray(picture).save(out / f"{i:06d}.png")
     if out.suffix == ".png":

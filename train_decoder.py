@@ -1,13 +1,10 @@
 """Stage 1: train the ViT decoder of a frozen encoder's latents, on noised latents (sections 3, 4.3 and C).
-
     python train_decoder.py                                              # the toy world -> out/decoder
     python train_decoder.py --data FOLDER --encoder my_encoder.pt        # own images
     torchrun --standalone --nproc_per_node=8 train_decoder.py --preset imagenet256 --data imagenet/train
     python train_decoder.py --eval-only --ckpt out/decoder/checkpoint.pt # the numbers of a decoder
-
-L = L1 + perceptual + 0.75 lambda GAN. Two frozen critics look at the images: for the paper's run LPIPS (VGG16)
-and a discriminator on DINO-S/8; offline both look through the frozen encoder itself (--critics).
-
+L = L1 + perceptual + 0.75 lambda GAN. Two frozen critics look at the images: for the paper's run LPIPS
+(VGG16) and a discriminator on DINO-S/8; offline both look through the frozen encoder itself (--critics).
 Writes checkpoint.pt (EMA decoder, latent statistics, what a resume needs), grid_*.png (rows: input,
 reconstruction, reconstruction from noisy latents), log.jsonl. The same command continues a stopped run.
 """
@@ -36,7 +33,8 @@ from rae import (DECODERS, RAE, Batches, Decoder, Guard, Log, Stop, autocast, bu
 
 # ImageNet: 2,502 steps an epoch of 1,281,167 images, 16 epochs (Table 12; as released where they differ).
 IMAGENET = dict(data="imagenet/train", encoder="dinov2-b", image_size=256, resize=384, size="XL",
-                critics="published", perceptual=1.0, gan=0.75, batch_size=512, steps=40032, lr=2e-4, lr_end=2e-5,
+                critics="published", perceptual=1.0, gan=0.75, batch_size=512, steps=40032, lr=2e-4,
+                lr_end=2e-5,
                 warmup=2502, ema=0.9978, workers=12, log_every=100, eval_every=2500, eval_num=2000,
                 save_every=2500)
 PRESETS = {
@@ -50,11 +48,10 @@ LPIPS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/ma
 LPIPS_MD5 = "d507d7349b931f0638a25a48a722f98a"
 
 
-# ------------------------------------------------------------------------------------------ the frozen critics
+# ----------------------------------------------------------------------------------------- the frozen critics
 
 class VitTaps(nn.Module):
     """Tokens of a frozen encoder's ViT after each quarter of its blocks.
-
     Images (B, 3, H, W) in [0, 1], resized to what the ViT sees -> five of (B, N, C) for 12 blocks: after the
     last block, then after blocks 2, 5, 8 and 11 counted from 0; no final norm, no prefix tokens."""
 
@@ -79,7 +76,8 @@ class VggTaps(nn.Module):
     def __init__(self, weights=None):
         super().__init__()
         vgg = load_timm("vgg16.tv_in1k", weights, "--vgg-weights", unused=("pre_logits.", "head."))
-        self.slices = nn.ModuleList(vgg.features[a:b] for a, b in ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30)))
+        self.slices = nn.ModuleList(vgg.features[a:b] for a, b in ((0, 4), (4, 9), (9, 16), (16, 23), (23,
+                                                                                                       30)))
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
         self.requires_grad_(False).eval()
@@ -94,7 +92,6 @@ class VggTaps(nn.Module):
 
 class Perceptual(nn.Module):
     """Distance of two batches of images in [0, 1], (B,): LPIPS for VggTaps with its learned weights.
-
     Features of unit length at each position, their squared difference, weighted by channel (all 1 / taps
     unless given), mean over positions, sum over taps. Always float32; gradients reach the first images."""
 
@@ -108,12 +105,14 @@ class Perceptual(nn.Module):
                 b = self.taps(b.float())
             a = self.taps(a.float())
             weights = self.weights or [torch.full_like(a[0][0, 0], 1 / len(a))] * len(a)
-            return sum(((x / (x.norm(dim=2, keepdim=True) + 1e-10) - y / (y.norm(dim=2, keepdim=True) + 1e-10))
+            return sum(((x / (x.norm(dim=2, keepdim=True) + 1e-10) - y / (y.norm(dim=2,
+                                                                                 keepdim=True) + 1e-10))
                         .square() @ w).mean(1) for x, y, w in zip(a, b, weights))     # (B,)
 
 
 def lpips(args, device):
-    """LPIPS of VGG16 (v0.1): its learned weights from a file or fetched once, compared with the published hash."""
+    """LPIPS of VGG16 (v0.1): its learned weights from a file or fetched once, compared with the published
+    hash."""
     path = Path(args.lpips_weights or Path(torch.hub.get_dir(), "checkpoints", "lpips_vgg.pth"))
     if not path.is_file() and not args.lpips_weights:
         try:
@@ -134,7 +133,6 @@ def lpips(args, device):
 
 class Discriminator(nn.Module):
     """The trained part of D, a head per tap: taps of (B, N, C) -> logits (B, taps N), one per token.
-
     Each norm is over the tokens of one image; all convolutions are spectrally normalised (appendix C)."""
 
     def __init__(self, width, taps):
@@ -160,7 +158,6 @@ class Discriminator(nn.Module):
 
 def diffaug(x, u):
     """Differentiable augmentation of images (B, 3, H, W) in [-1, 1] by uniform u (B, 5) in [0, 1).
-
     A shift of up to an eighth, zero-padded, then brightness + U(-.5, .5), saturation x U(0, 2), contrast x
     U(.5, 1.5): all of them for every image (Zhao et al. 2020)."""
     size, s = x.shape[-1], round(x.shape[-1] / 8)
@@ -176,14 +173,15 @@ def diffaug(x, u):
 
 
 def hinge(logits):
-    """Discriminator's loss of logits whose first half saw real images and whose second half reconstructions."""
+    """Discriminator's loss of logits whose first half saw real images and whose second half
+    reconstructions."""
     real, fake = logits.chunk(2)
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def adaptive_weight(output, weight, of_reconstruction, of_gan):
-    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6), clamped to [0, 1e4]; gradients at the last weight.
-
+    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6), clamped to [0, 1e4]; gradients at the last
+    weight.
     The two gradients come in at the output. All processes get the lambda of the global batch."""
     grads = torch.stack([torch.autograd.grad(output, weight, g, retain_graph=True)[0]
                          for g in (of_reconstruction, of_gan)])
@@ -194,7 +192,7 @@ def adaptive_weight(output, weight, of_reconstruction, of_gan):
     return (reconstruction / (gan + 1e-6)).clamp(0, 1e4)
 
 
-# --------------------------------------------------------------------------------------------------- the score
+# -------------------------------------------------------------------------------------------------- the score
 
 def ssim(a, b):
     """Structural similarity of images (B, 3, H, W) in [0, 1], (B,): per colour, Gaussian window of 11 px and
@@ -222,7 +220,7 @@ def evaluate(rae, data, distance, inception, args):
     Frechet distance to the images: rFID with Inception weights, else in the encoder's features. Once from
     clean latents, once ("_noisy") with noise of --eval-sigma on the raw tokens."""
     device, rows, sums, moments = rae.mean.device, spread(data, args.eval_num), {}, {}
-    features = inception or (lambda x: look(rae.encoder, x / 255).mean(1))
+    features = inception or (lambda x: (look(rae.encoder, x / 255).mean(1),))
     for first in range(0, len(rows), args.batch_size):
         chosen = rows[first:first + args.batch_size]
         images = read_images(data, chosen, device)                                    # (B, 3, H, W)
@@ -232,7 +230,7 @@ def evaluate(rae, data, distance, inception, args):
                              for i in range(len(chosen))])
         clean, noisy = (rae.draw(x).clamp(0, 1) for x in (tokens, tokens + args.eval_sigma * noise))
         for name, x in (("real", images), ("", clean), ("_noisy", noisy)):
-            moments.setdefault(name, Moments()).add(features((x * 255).round()))
+            moments.setdefault(name, Moments()).add(features((x * 255).round())[0])
             for metric, f in (("psnr", psnr), ("ssim", ssim), ("lpips", distance)) if name != "real" else ():
                 if f:
                     sums[metric + name] = sums.get(metric + name, 0) + f(x, images).sum().item()
@@ -245,7 +243,7 @@ def evaluate(rae, data, distance, inception, args):
     return numbers, grid
 
 
-# ------------------------------------------------------------------------------------------------ the training
+# ----------------------------------------------------------------------------------------------- the training
 
 def learning_rate(step, steps, args):
     """Linear warm-up from 0, then a cosine from lr to lr_end at the last of the steps."""
@@ -267,7 +265,8 @@ def main():
     p.add_argument("--size", choices=DECODERS, help="decoder: width and depth (paper: XL)")
     p.add_argument("--upsample", type=positive, default=1, help="decoded pixels per encoder pixel (6.1: 2)")
     p.add_argument("--init", help="start from this decoder: a checkpoint or released:NAME")
-    p.add_argument("--noise-tau", type=float, default=0.8, help="noise on the latents, 0 for none (paper: 0.8)")
+    p.add_argument("--noise-tau", type=float, default=0.8,
+                   help="noise on the latents, 0 for none (paper: 0.8)")
     p.add_argument("--noise-dist", choices=["uniform", "half-normal"], default="uniform",
                    help="sigma = tau U(0, 1), as released, or |N(0, tau^2)|, the paper's")
     p.add_argument("--critics", choices=["encoder", "published"],
@@ -304,7 +303,7 @@ def main():
     if args.image_size % args.upsample:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of --upsample {args.upsample}")
     device, rank, world = start(args)
-    inception = load_inception(args.inception, device)[0] if args.inception else None
+    inception = load_inception(args.inception, device)[1] if args.inception else None
     if args.eval_only:
         if not args.ckpt:
             raise ValueError("--eval-only wants a decoder: pass --ckpt")
@@ -326,7 +325,8 @@ def main():
         mean, var = latent_statistics(encoder, centred, args.batch_size // world, device, rank, world)
     torch.manual_seed(args.seed)
     width, depth, heads, mlp_dim = DECODERS[args.size]
-    decoder = Decoder(encoder.dim, encoder.grid, args.image_size // encoder.grid, width, depth, heads, mlp_dim)
+    decoder = Decoder(encoder.dim, encoder.grid, args.image_size // encoder.grid, width, depth, heads,
+                      mlp_dim)
     if args.init and not run:
         load_strict(decoder, load_released_decoder(released_file(args.init)).state_dict(), args.init)
     rae = RAE(encoder, decoder, mean, var, args.noise_tau, args.noise_dist).to(device)
@@ -334,10 +334,12 @@ def main():
     averaged = RAE(encoder, ema, mean, var).to(device)
     published = args.critics == "published"
     perceptual = lpips(args, device) if published else Perceptual(VitTaps(encoder))
-    dino = build_encoder("dino-s8", 224, args.dino_weights, "--dino-weights") if published and args.gan else None
+    dino = build_encoder("dino-s8", 224, args.dino_weights,
+                         "--dino-weights") if published and args.gan else None
     taps = VitTaps(dino.to(device) if dino else encoder)
     discriminator = Discriminator(taps.width, len(taps.blocks) + 1).to(device)
-    optimizer, optimizer_d = (torch.optim.AdamW(m.parameters(), betas=args.betas, weight_decay=0.0, fused=True)
+    optimizer, optimizer_d = (torch.optim.AdamW(m.parameters(), betas=args.betas, weight_decay=0.0,
+                                                fused=True)
                               for m in (decoder, discriminator))
     parts = dict(ema=ema, model=decoder, optimizer=optimizer, discriminator=discriminator,
                  optimizer_d=optimizer_d)
@@ -345,7 +347,8 @@ def main():
     for name, part in parts.items() if run else ():
         part.load_state_dict(run[name])
     del run                                            # its tensors are copied by now
-    parallel, parallel_d = ((DistributedDataParallel(m) if world > 1 else m for m in (decoder, discriminator)))
+    parallel, parallel_d = ((DistributedDataParallel(m) if world > 1 else m
+                             for m in (decoder, discriminator)))
     say(f"{args.encoder}: {encoder.grid ** 2} tokens x {encoder.dim}; decoder {args.size}, "
         f"{sum(x.numel() for x in decoder.parameters()) / 1e6:.1f}M parameters, {len(data)} images")
 
@@ -363,7 +366,8 @@ def main():
                 dist.all_reduce(totals)
             rate = (step - since) * args.batch_size / (time.time() - began)
             if rank == 0:
-                log(step=step, lr=optimizer.param_groups[0]["lr"], images_per_s=rate, skipped=guard.skipped + guard_d.skipped,
+                log(step=step, lr=optimizer.param_groups[0]["lr"], images_per_s=rate,
+                    skipped=guard.skipped + guard_d.skipped,
                     **dict(zip(names, (totals / (step - since) / world).tolist())))
             totals.zero_()
             since, began = step, time.time()
@@ -380,7 +384,8 @@ def main():
         if last:
             break
 
-        # The decoder's step. Each critic is walked back once, to the image; lambda and the step go on from there.
+        # The decoder's step. Each critic is walked back once, to the image; lambda and the step go on from
+        # there.
         set_rate(optimizer, learning_rate(step, args.steps, args))
         images = next(stream)[0].to(device, non_blocking=True).float() / 255          # (B, 3, H, W)
         u = keyed_numpy(args.seed, step, args.batch_size).random((args.batch_size, 3, 5), dtype=np.float32)

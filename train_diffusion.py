@@ -1,9 +1,7 @@
 """Stage 2: train DiT^DH by flow matching on the latents of a frozen RAE (sections 4 and 5).
-
     python train_diffusion.py                                            # the toy world -> out/diffusion
     python train_diffusion.py --data FOLDER --decoder out/decoder/checkpoint.pt          # own images
     torchrun --standalone --nproc_per_node=8 train_diffusion.py --preset imagenet256 --data imagenet/train
-
 Writes checkpoint.pt (model, EMA, optimiser), pairs.png (images over reconstructions), samples_*.png (a column
 per class, fixed noise, EMA weights), log.jsonl (loss, also in bins of t). The same command continues a
 stopped run.
@@ -21,10 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dit_dh import (SIZES, DiTDH, draw_time, flow_loss, load_released, shift_alpha, shift_time,
                     time_grid)
+import fid
 from rae import (Batches, Guard, Log, Stop, autocast, cli, keyed, keyed_numpy, load_rae, load_strict, loader,
                  open_data, parse, positive, progress, psnr, read_images, released_file, resume,
                  save_checkpoint, save_grid, say, settings_of, spread, start, update_ema)
-from sample import balanced_labels, generate
+from sample import Samples, balanced_labels, generate
 
 # ImageNet: batch 1024, 1,252 steps an epoch; 800 epochs, lr 2e-4 held for 40 and linear to 2e-5 (appendix D).
 IMAGENET = dict(data="imagenet/train", decoder="released:dinov2-b", backbone="XL", head="G", batch_size=1024,
@@ -97,6 +96,10 @@ def main():
     p.add_argument("--out", default="out/diffusion", help="folder of the run")
     p.add_argument("--log-every", type=positive, help="steps between lines of the log")
     p.add_argument("--sample-every", type=positive, help="steps between sample grids")
+    p.add_argument("--fid-every", type=int, default=0, help="steps between scores of new samples, 0 for none")
+    p.add_argument("--fid-num", type=positive, default=500, help="samples for a score (paper: 50000)")
+    p.add_argument("--fid-reference", default="toy", help="what fid.py takes as REFERENCE")
+    p.add_argument("--inception", help="file of the 2015 Inception weights; unset with toy: encoder features")
     p.add_argument("--save-every", type=positive, help="steps between checkpoints")
     p.add_argument("--workers", type=int, help="processes that read images")
     args = parse(p, PRESETS)
@@ -134,6 +137,8 @@ def main():
     batches = Batches(data, args.batch_size, args.seed, True, rank, world)
     stream, log = loader(batches, first, args), Log(args.out, first) if rank == 0 else None
     stop, guard = Stop(), Guard()
+    classes = [model.num_classes] if args.unconditional else list(range(model.num_classes))
+    features = "encoder:toy" if args.fid_reference == "toy" and not args.inception else "inception"
     if rank == 0 and first == 0:
         show_pairs(rae, data, args.out, device)
     totals = torch.zeros(3, BINS, device=device)  # sum of losses, count, by bin of t; gradient norms in row 2
@@ -146,18 +151,26 @@ def main():
             loss, norm = totals[0].sum() / totals[1].sum(), totals[2, 0] / (step - since) / world
             rate = (step - since) * args.batch_size / (time.time() - began)
             if rank == 0:
-                log(step=step, loss=loss.item(), grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"], images_per_s=rate,
+                log(step=step, loss=loss.item(), grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"],
+                    images_per_s=rate,
                     skipped=guard.skipped,
                     loss_by_t=[s / n if n else None for s, n in totals[:2].T.tolist()],
                     minutes_left=(args.steps - step) * args.batch_size / rate / 60)
             totals.zero_()
             since, began = step, time.time()
         if rank == 0 and step > first and (step % args.sample_every == 0 or last):
-            classes = [model.num_classes] if args.unconditional else range(min(10, model.num_classes))
-            labels = balanced_labels(classes, 8 * len(classes))
+            shown = classes[:10]
+            labels = balanced_labels(shown, 8 * len(shown))
             with autocast(device, args):
                 pictures = generate(rae, ema, labels, time_grid(25, alpha), args.seed, cfg=args.cfg)
-            save_grid(pictures, f"{args.out}/samples_{step:07d}.png", columns=len(classes))
+            save_grid(pictures, f"{args.out}/samples_{step:07d}.png", columns=len(shown))
+        if args.fid_every and step > first and (step % args.fid_every == 0 or last):
+            labels = balanced_labels(classes, args.fid_num)
+            samples = Samples(rae, ema, labels, time_grid(50, alpha), args.seed, autocast(device, args),
+                              cfg=args.cfg)
+            scores = fid.score(samples, args.fid_reference, features, args.inception, device=device)
+            if rank == 0:
+                log(step=step, **{k: v for k, v in scores.items() if k not in ("num", "label")})
         if rank == 0 and (step > first or not first) and (step % args.save_every == 0 or last):
             save_checkpoint(args.out, dict(
                 kind="diffusion", step=step, settings=settings, alpha=alpha, config=model.config,

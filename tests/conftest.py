@@ -29,10 +29,10 @@ def pytest_configure(config):
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """run("train_decoder.py", "--steps 4 ...") in an empty folder, small toy world; returns its output.
-
     A script that stops with an error raises SystemExit, whose text is the line a user would see."""
     import rae
-    monkeypatch.setattr(rae, "TOY", {"train": (60, 0), "val": (30, 1)})
+    from assets import toy_world
+    monkeypatch.setattr(toy_world, "TOY", {"train": (60, 0), "val": (30, 1)})
     monkeypatch.chdir(tmp_path)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 

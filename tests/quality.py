@@ -1,7 +1,5 @@
 """How good is the default? One JSON line, and exit code 1 if a number is below its bar.
-
     python train_diffusion.py && python tests/quality.py
-
 A small convolutional classifier, trained here on toy training images alone, judges reconstructions and
 samples. The linear probe is a logistic regression on the flattened normalised latents of 10,000 training
 images.
@@ -17,8 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from assets.toy_world import ToyShapes  # noqa: E402
 from dit_dh import load_released, time_grid  # noqa: E402
-from rae import ToyShapes, cli, load_rae, psnr  # noqa: E402
+from rae import cli, load_rae, psnr  # noqa: E402
 from sample import balanced_labels, generate  # noqa: E402
 
 BARS = {"classifier": 0.97, "linear_probe": 0.90, "psnr": 24.0, "reconstructions_right": 0.95,

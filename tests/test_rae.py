@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import rae as R
+from assets import toy_world
 from conftest import gap
 from dit_dh import read_file as dit_read_file
 
@@ -95,18 +96,18 @@ def test_uint8_rounds():
 # ---------------------------------------------------------------------------------------------- the toy world
 
 def test_toy_images():
-    images, labels = R.toy_images(40, seed=0)
-    again, _ = R.toy_images(20, seed=0)
-    other, _ = R.toy_images(40, seed=1)
+    images, labels = toy_world.toy_images(40, seed=0)
+    again, _ = toy_world.toy_images(20, seed=0)
+    other, _ = toy_world.toy_images(40, seed=1)
     assert images.shape == (40, 3, 32, 32) and labels[:12].tolist() == [*range(10), 0, 1]
     assert np.array_equal(images[:20], again), "the first images do not depend on how many are drawn"
     assert not np.array_equal(images, other) and len({x.tobytes() for x in images}) == 40
 
 
-@pytest.mark.parametrize("name", R.SHAPES)
+@pytest.mark.parametrize("name", toy_world.SHAPES)
 def test_toy_shapes_are_their_own_mirror_image(name):
     y, x = np.mgrid[-1.2:1.2:25j, -1.2:1.2:25j]
-    d = R.SHAPES[name](x, y)
+    d = toy_world.SHAPES[name](x, y)
     assert np.allclose(d, d[:, ::-1], atol=1e-6) and (d < 0).mean() > 0.08 and (d > 0).mean() > 0.4
     slope = np.hypot(*np.gradient(d, 0.1))
     assert np.median(slope) < 1.1 and slope.max() < 1.5, "about a distance, else edges are not one pixel wide"
@@ -121,7 +122,7 @@ def toy():
 
 
 def test_latents_are_normalised_and_decode(toy):
-    images = torch.from_numpy(R.toy_images(500, seed=1)[0]).float() / 255
+    images = torch.from_numpy(toy_world.toy_images(500, seed=1)[0]).float() / 255
     with torch.no_grad():
         z = toy.encode(images)
         again = toy.decode(z)
@@ -145,8 +146,8 @@ def test_noise_in_training_only(toy, dist, mean):
 
 @pytest.mark.parametrize("batch, n", [(7, 29), (4, 33), (100, 30)])
 def test_statistics_equal_numpy(toy, batch, n, monkeypatch):
-    monkeypatch.setattr(R, "TOY", {"train": (n, 0)})
-    data = R.ToyShapes()
+    monkeypatch.setattr(toy_world, "TOY", {"train": (n, 0)})
+    data = toy_world.ToyShapes()
     mean, var = R.latent_statistics(toy.encoder, data, batch, "cpu")
     images = torch.from_numpy(np.concatenate([data.images, data.images[..., ::-1]])).float() / 255
     tokens = toy.encoder(images).double().numpy()                     # (2 n, N, C)

@@ -91,7 +91,8 @@ FLAGS = {
         "--save-every 2 --workers 1 --device cpu --precision bf16",
         "--data photos --decoder d/b/checkpoint.pt --backbone 16,1,2 --head none "
         "--unconditional --steps 2 --batch-size 4 --out f/plain",
-        "--data toy --init f/toy/checkpoint.pt --steps 1 --batch-size 4 --out f/init",
+        "--data toy --init f/toy/checkpoint.pt --steps 1 --batch-size 4 --out f/init --fid-every 1 --fid-num 4 "
+        "--fid-reference photos_fid32 --inception inception.pt",
         "--decoder d/up/checkpoint.pt --steps 1 --batch-size 4 --out f/up",
         "--preset imagenet512 --data photos --decoder bare.pt --encoder timm:vit_tiny_patch16_224 "
         "--encoder-weights tiny.pt --stats stat.pt --backbone S --head 16,1,2 --steps 1 "
@@ -109,8 +110,9 @@ FLAGS = {
         "s/preset.png",
     ],
     "fid.py": [
-        "s/folder photos_fid --features encoder:e/enc.pt --num 3 --batch-size 2 --device cpu --json",
-        "s/guided.npz toy --weights inception.pt",
+        "s/folder photos_fid --features encoder:e/enc.pt --num 3 --batch 2 --device cpu --json",
+        "s/guided.npz toy --weights inception.pt --mode pytorch-fid --metrics fid,sfid,is,pr --crop 24",
+        "s/guided.npz --save s/stats.npz --features encoder:toy",
     ],
 }
 
@@ -120,6 +122,7 @@ def test_every_flag_runs(run, photos, tmp_path, monkeypatch):
     import timm
     from fid import InceptionV3
     save_images(tmp_path / "photos_fid", 4, size=(24, 24))
+    save_images(tmp_path / "photos_fid32", 4, size=(32, 32))
     torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), "tiny.pt")
     torch.save(InceptionV3().state_dict(), "inception.pt")
     for arguments in FLAGS["assets/pretrain_encoder.py"]:
@@ -140,9 +143,9 @@ def test_every_flag_runs(run, photos, tmp_path, monkeypatch):
     assert same(load("f/plain/checkpoint.pt")["config"]["depth"], (1, 0))
     for arguments in FLAGS["sample.py"]:
         run("sample.py", arguments, tiny=False)
-    assert sorted(os.listdir("s/folder")) == ["000000.png", "000001.png", "000002.png"]
+    assert sorted(os.listdir("s/folder")) == ["000000.png", "000001.png", "000002.png", "record.json"]
     said = [run("fid.py", arguments, tiny=False) for arguments in FLAGS["fid.py"]]
-    assert json.loads(said[0])["num"] == 3 and "is not the published file" in said[1] and "FID " in said[1]
+    assert json.loads(said[0])["num"] == 3 and "precision" in said[1] and "FID " in said[1]
 
 
 @pytest.mark.parametrize("script", TINY)
@@ -152,7 +155,7 @@ def test_every_flag_is_run(script):
     flags = set(re.findall(r'add_argument\("(--[a-z-]+)"', source))
     flags |= {"--preset", "--seed", "--device", "--precision"} if "parse(p, PRESETS)" in source else set()
     ran = set(re.findall(r"--[a-z0-9-]+", " ".join(FLAGS[script])))
-    critics = (ROOT / "tests" / "test_stage1.py").read_text()         # needs VGG16 and DINO: a test of its own
+    critics = (ROOT / "tests" / "test_stage1.py").read_text()        # needs VGG16 and DINO: a test of its own
     ran |= {f for f in ("--critics", "--lpips-weights", "--vgg-weights", "--dino-weights")
             if script == "train_decoder.py" and f in critics}
     assert flags == ran, flags ^ ran

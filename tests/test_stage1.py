@@ -25,7 +25,7 @@ def toy():
     return R.load_rae("toy")
 
 
-# ---------------------------------------------------------------------------------------------- the loss terms
+# --------------------------------------------------------------------------------------------- the loss terms
 
 @pytest.fixture(scope="module")
 def vgg_file(tmp_path_factory):
@@ -117,7 +117,8 @@ def test_discriminator_norms():
     d.eval()
     whole = d(taps)
     assert torch.equal(whole, d(taps)), "no power iteration in eval mode"
-    assert whole.shape == (3, 32) and gap(d([t[1:2] for t in taps])[0], whole[1]) < 1e-5, "norms are per image"
+    assert whole.shape == (3, 32) and gap(d([t[1:2] for t in taps])[0],
+                                          whole[1]) < 1e-5, "norms are per image"
     with torch.no_grad():                              # one head by hand
         x = taps[0].transpose(1, 2)
 
@@ -290,7 +291,8 @@ def test_a_nonfinite_loss_is_skipped_and_five_end_the_run(run, monkeypatch):
     assert file["step"] in (4, 6) and all(v.isfinite().all() for v in file["model"].values())
     calls.clear()
     with pytest.raises(SystemExit, match="not finite for 5 steps"):
-        run("train_diffusion.py", "--decoder b/checkpoint.pt --lr 1e30 --steps 20 --batch-size 8 --clip 0", tiny=False)
+        run("train_diffusion.py", "--decoder b/checkpoint.pt --lr 1e30 --steps 20 --batch-size 8 --clip 0",
+            tiny=False)
 
 
 def test_published_critics_run(run, vgg_file, tmp_path):
@@ -307,7 +309,8 @@ def test_published_critics_run(run, vgg_file, tmp_path):
     assert log[1]["gan_weight"] > 0 and log[1]["perceptual"] > 0 and {"lpips", "lpips_noisy"} <= log[2].keys()
     file = R.read_file("d/checkpoint.pt")
     assert not any("vit" in k or "vgg" in k for part in ("model", "discriminator") for k in file[part])
-    said = run("train_decoder.py", f"{critics} --eval-only --ckpt d/checkpoint.pt --eval-num 4 --batch-size 2",
+    said = run("train_decoder.py",
+               f"{critics} --eval-only --ckpt d/checkpoint.pt --eval-num 4 --batch-size 2",
                tiny=False)
     got = json.loads(said.splitlines()[-1])
     assert log[2].items() - {("step", 2)} <= got.items()
