@@ -1,12 +1,15 @@
 """DiT^DH and its flow: the diffusion side of an RAE (arXiv 2510.11690, sections 4 and 5).
+
 A latent token of a pretrained encoder has hundreds of channels, and a transformer narrower than that cannot
 predict its noise (Theorem 1). DiT^DH therefore reads the noisy latent twice: a deep, narrow backbone turns it
 into one condition per token, and a shallow head at least as wide as the token turns that condition into the
 velocity.
+
     from dit_dh import DiTDH, flow_loss, sample, shift_alpha, time_grid
     model = DiTDH(latent_dim=64, grid=4, width=(96, 128), depth=(4, 2), heads=(3, 4), num_classes=10)
     loss = flow_loss(model, z, y, alpha=shift_alpha(16, 64)).mean()                   # z (B, N, C), y (B,)
     z = sample(model, noise, y, time_grid(50, alpha=1.0), cfg=1.5)                    # (B, N, C)
+
 B batch, N tokens, C latent channels, D width, h w latent grid (N = h w, row by row), t time (0 data, 1
 noise), z latent, x_t = (1 - t) z + t eps, v = eps - z velocity, alpha the schedule shift. File format: end of
 this file.
@@ -141,6 +144,7 @@ class FinalLayer(nn.Module):
 
 class DiTDH(nn.Module):
     """DiT^DH (section 5, Fig. 5) or, with a head depth of 0, the plain DiT.
+
     latent_dim is C, grid the latent's side (N = grid * grid); width, depth and heads are pairs (backbone,
     head). Labels run from 0 to num_classes - 1, and num_classes is the null label. Parameters bear the
     released names."""
@@ -227,12 +231,14 @@ def draw_time(u, dist="logit-normal"):
 
 def time_grid(steps, alpha, t_last=0.0):
     """Times of a sampler of `steps` evaluations: steps + 1 points from 1 down to t_last, shifted by alpha.
+
     t_last is meant before the shift; steps=49, t_last=0.001 is the released code's "50 steps"."""
     return shift_time(1 - torch.linspace(0, 1 - t_last, steps + 1, dtype=torch.float64), alpha).float()
 
 
 def flow_loss(model, z, y, alpha, t=None, noise=None):
     """Squared error of the velocity, one mean per sample (B,); J of the paper's appendix.
+
     z (B, N, C) normalised latents, y (B,), t (B,) before the shift and noise (B, N, C) drawn here unless
     given."""
     t = draw_time(torch.rand(len(z), device=z.device)) if t is None else t
@@ -246,6 +252,7 @@ def flow_loss(model, z, y, alpha, t=None, noise=None):
 @torch.no_grad()
 def sample(model, noise, y, grid, cfg=1.0, guide=None, scale=1.0, interval=(0.0, 1.0)):
     """Euler from noise (B, N, C) at grid[0] to a latent (B, N, C) at grid[-1], under labels y (B,).
+
     cfg: v = v_null + cfg (v - v_null). guide, scale: AutoGuidance, v = v_weak + scale (v - v_weak), v_weak
     from a smaller or less trained model. Either acts for t within interval only (section 5.1, appendix I)."""
     if cfg != 1 and guide is not None:
@@ -274,6 +281,7 @@ def sample(model, noise, y, grid, cfg=1.0, guide=None, scale=1.0, interval=(0.0,
 
 def load_released(state_dict_or_path, heads=None, head_depth=2):
     """DiTDH or plain DiT from a state dict, a released file or a checkpoint of ours (its EMA).
+
     Sizes are read from the shapes, heads from the RoPE tables; where those are missing, heads (a pair, or one
     number for both) must be given unless the widths are known. Where both widths are equal the shapes do not
     tell the head's depth: it is the checkpoint's or head_depth. What else a checkpoint of ours holds is in

@@ -1,12 +1,13 @@
 """The score: FID, sFID, Inception score, precision and recall, without TensorFlow (appendix E).
+
     python fid.py                                                     # out/samples.npz against toy validation
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz --metrics fid,sfid,is,pr --weights FILE
     python fid.py imagenet/val --crop 256 --save val256.npz           # statistics, for later
     python fid.py samples/ photographs/ --features encoder:dinov2-b   # a distance, but no FID
     torchrun --standalone --nproc_per_node=8 fid.py samples.npz val256.npz
-A side is a folder of images, an .npz of images (arr_0, uint8 NHWC) or of statistics (mu, sigma, for sFID
-mu_s, sigma_s). The numbers of papers on ImageNet are of --mode adm: the TensorFlow suite of ADM, its resize
-included.
+
+A side is a folder of images, an .npz of images (arr_0, uint8 NHWC) or one of statistics (mu, sigma; for sFID
+mu_s, sigma_s). Papers on ImageNet mean --mode adm: the TensorFlow suite of ADM, its resize included.
 """
 
 import argparse
@@ -47,10 +48,11 @@ class Conv(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Parallel chains of convolutions, concatenated. A chain reads "name:channels:kernel
-    name:channels:kernel"; "|" forks a step. A chain whose first name is branch_pool pools before it, by
-    average (without the padding) or max; in a "reduce" block every chain ends in stride 2, beside a max pool
-    of the input."""
+    """Parallel chains of convolutions, concatenated.
+
+    A chain reads "name:channels:kernel name:channels:kernel", and "|" forks a step. One that begins with
+    branch_pool pools first, by average (without the padding) or max. In a "reduce" block every chain ends in
+    stride 2, beside a max pool of the input."""
 
     def __init__(self, channels, pool, *chains):
         super().__init__()
@@ -148,8 +150,7 @@ def resize_adm(x, size=299):
 
 
 def prepare(images, mode):
-    """Images of 0 to 255, (B, 3, H, W) or a list of unequal (3, H, W) -> the network's input (B, 3, 299,
-    299)."""
+    """Pixels of 0 to 255, (B, 3, H, W) or a list of unequal (3, H, W) -> (B, 3, 299, 299) for the network."""
     if isinstance(images, list):
         return torch.cat([prepare(image[None], mode) for image in images])
     if mode == "adm":
@@ -189,8 +190,7 @@ def load_encoder(name, size, device):
 # ------------------------------------------------------------------------------------------------- the images
 
 class Images:
-    """Images of a folder (recursive, sorted), an .npz or the toy world; crop: the side of ADM's crop, or
-    None."""
+    """Images of a folder (recursive, sorted), an .npz or the toy world; crop: side of ADM's crop, or None."""
 
     def __init__(self, source, crop=None):
         self.source, self.crop, self.files, self.array = str(source), crop, None, None
@@ -282,15 +282,14 @@ def gathered(x):
 @torch.no_grad()
 def statistics(images, features, num, batch, device, net=None, metrics=("fid",)):
     """What the metrics need of the first num images: mu, sigma, mu_s, sigma_s, is, pool3 (num, 2048) float32.
+
     Batches go to the processes in turn, and their sums are added up: any number of processes sees the batches
     of one. Only precision and recall keep features; all else is summed as the batches come."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     pool, spatial, kept = Moments(), Moments(), {}
-    chunks = torch.zeros(-(-num // CHUNK), 1009,
-                         dtype=torch.float64)  # by chunk: sums of p, and of its entropy
-    for first, x in tqdm(images.batches(num, batch, rank, world), desc=images.source,
-                         unit_scale=batch * world,
-                         unit="image", disable=rank > 0 or not sys.stderr.isatty()):
+    chunks = torch.zeros(-(-num // CHUNK), 1009, dtype=torch.float64)     # sums of p, and of its entropy
+    for first, x in tqdm(images.batches(num, batch, rank, world), desc=images.source, unit="image",
+                         unit_scale=batch * world, disable=rank > 0 or not sys.stderr.isatty()):
         f, *more = features([i.to(device) for i in x] if isinstance(x, list) else x.to(device))
         pool.add(f)
         if "sfid" in metrics:
@@ -320,40 +319,27 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def inception_score(chunks, num):
-    """exp(H(p(y)) - H(p(y|x))), averaged over chunks of 5,000 images in order; rows as `statistics` sums
-    them."""
+    """exp(H(p(y)) - H(p(y|x))), averaged over chunks of 5,000 images; the sums are those of `statistics`."""
     n = torch.tensor([min(CHUNK, num - CHUNK * i) for i in range(len(chunks))], dtype=torch.float64)
     mean = chunks / n[:, None]
     return (torch.special.entr(mean[:, :-1]).sum(1) - mean[:, -1]).exp().mean().item()
 
 
-def distances(a, b):
-    """Squared distances of rows of a (n, D) and all rows of b (m, D), in blocks of columns."""
-    for block in b.split(10000):
-        yield a.square().sum(1, keepdim=True) + block.square().sum(1) - 2 * a @ block.T
-
-
 @torch.no_grad()
-def precision_recall(samples, references, k=3):
-    """Share of samples inside some reference's ball, and of references inside some sample's (float32 rows).
-    A ball reaches to its centre's k-th neighbour of its own set (Kynkaanniemi et al. 2019)."""
-    center = references.mean(0)                        # smaller numbers, smaller rounding
-    sides, radii = [samples - center, references - center], []
-    for x in sides:
-        radius = []
-        for rows in x.split(500):
-            best = torch.full((len(rows), k + 1), torch.inf, device=x.device)
-            for d in distances(rows, x):
-                best = torch.cat([best, d], 1).topk(k + 1, largest=False).values
-            radius.append(best[:, -1])                 # the row itself is among them
-        radii.append(torch.cat(radius))
-    inside = [torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in sides]
-    for i, rows in enumerate(sides[0].split(500)):
-        for j, d in enumerate(distances(rows, sides[1])):
-            mine, theirs = slice(500 * i, 500 * i + len(rows)), slice(10000 * j, 10000 * j + d.shape[1])
-            inside[0][mine] |= (d <= radii[1][theirs]).any(1)
-            inside[1][theirs] |= (d <= radii[0][mine, None]).any(0)
-    return tuple(x.float().mean().item() for x in inside)
+def precision_recall(samples, references, k=3, rows=500):
+    """Share of samples inside some reference's ball, and of references inside some sample's; rows (n, D).
+
+    A ball reaches to its centre's k-th neighbour in its own set (Kynkaanniemi et al. 2019). Distances are
+    held for `rows` images at a time."""
+    def radii(x):                                      # the nearest of k + 1 is the image itself
+        return torch.cat([torch.cdist(r, x).topk(k + 1, largest=False).values[:, -1] for r in x.split(rows)])
+    of_sample, of_reference = radii(samples), radii(references)
+    precise, recalled = 0, torch.zeros(len(references), dtype=torch.bool, device=references.device)
+    for x, radius in zip(samples.split(rows), of_sample.split(rows)):
+        d = torch.cdist(x, references)                                                # (rows, references)
+        precise += (d <= of_reference).any(1).sum().item()
+        recalled |= (d <= radius[:, None]).any(0)
+    return precise / len(samples), recalled.float().mean().item()
 
 
 def warn(text):
@@ -361,21 +347,23 @@ def warn(text):
         print(f"warning: {text}", file=sys.stderr)
 
 
-def score(samples, reference, features="inception", weights=None, mode="adm", metrics=("fid",), num=0,
-          batch=64,
-          device="cpu", crop=None):
+def score(samples, reference, features="inception", metrics=("fid",), mode="adm", weights=None, num=0,
+          batch=64, crop=None, device="cpu"):
     """The metrics of samples against a reference, in a dict that also says what they were made of.
+
     Either side is a path or an object like Images; without a reference, the samples' statistics. ValueError
     where the two sides were not made alike."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False   # float32, all of it
     began, seen, sides, results = time.time(), 0, [], []
     for source in (samples, reference)[:1 + (reference is not None)]:
-        stored = read_npz(Path(source), "mu", "sigma", "mu_s", "sigma_s", "label", "size", "n") \
-            if str(source).endswith(".npz") else {}
+        stored = {}
+        if str(source).endswith(".npz"):
+            stored = read_npz(Path(source), "mu", "sigma", "mu_s", "sigma_s", "label", "size", "n")
         held = {m for m, key in (("fid", "mu"), ("sfid", "mu_s")) if key in stored}
         wanted = [m for m in metrics if m not in held and (m != "is" or not sides)]
         images = (Images(source, crop) if isinstance(source, str) else source) if wanted else None
-        sides.append((source, stored, wanted, images, str(images.size if images else stored.get("size",
-                                                                                                "?"))))
+        size = str(images.size if images else stored.get("size", "?"))
+        sides.append((source, stored, wanted, images, size))
     sizes = sorted({size for *_, size in sides} - {"?"})
     if len(sizes) > 1:
         raise ValueError(f"{samples} and {reference} have {' and '.join(sizes)} px; pass --crop or the "
@@ -390,7 +378,7 @@ def score(samples, reference, features="inception", weights=None, mode="adm", me
         if "mu" in stored and "label" not in stored:
             warn(f"{source} does not say of which mode and weights its statistics are; taken for {label}")
         elif "mu" in stored and str(stored["label"]) != label:
-            raise ValueError(f"{source}: statistics of ({stored['label']}), not of ({label}); make them again")
+            raise ValueError(f"{source}: statistics of ({stored['label']}), not of ({label}); make new ones")
         n = min(num or len(images), len(images)) if images else int(stored.get("n", 0))
         fresh = statistics(images, extract, n, batch, device, net, wanted) if wanted else {}
         seen += len(fresh) and n
@@ -441,14 +429,12 @@ def main():
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {args.device}: not on this machine") from None
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if any(f.suffix.lower() in (".jpg", ".jpeg") for f in Path(args.samples).rglob("*")):
-        warn(f"{args.samples} holds JPEG images, whose losses alone raise FID by several points; save PNG or .npz")
+        warn(f"{args.samples} holds JPEG images; their losses alone raise FID by several points")
     if args.save:
         args.reference, metrics = None, ["fid", "sfid"] if features == "inception" else ["fid"]
-    result = score(args.samples, args.reference, features, args.weights, args.mode, metrics, args.num,
-                   args.batch,
-                   args.device, args.crop)
+    result = score(args.samples, args.reference, features, metrics, args.mode, args.weights, args.num,
+                   args.batch, args.crop, args.device)
     if int(os.environ.get("RANK", 0)) > 0:
         return
     if args.save:
@@ -458,8 +444,8 @@ def main():
     if num < 2048 and features == "inception":
         warn(f"{num} samples; below 2048 the number is far too high, and papers use 50,000")
     if args.json:
-        return print(json.dumps(result | dict(num=num, label=label, images_per_s=rate,
-                                              reference=args.reference)))
+        about = dict(num=num, label=label, images_per_s=rate, reference=args.reference)
+        return print(json.dumps(result | about))
     print("  ".join(f"{k} {v:.4f}" for k, v in result.items())
           + f"  (N={num}, {label}, float32, reference {args.reference})  {rate:.0f} images/s")
 

@@ -1,8 +1,10 @@
 """Representation autoencoder: frozen encoder, trained ViT decoder (arXiv 2510.11690, section 3).
+
     from rae import load_rae
     rae = load_rae("assets/toy_decoder.pt")            # the decoder's file names its encoder
     z = rae.encode(images)                        # (B, 3, H, W) in [0, 1] -> (B, N, C), mean 0 and variance 1
     images = rae.decode(z)                             # (B, N, C) -> (B, 3, H, W)
+
 Letters, the same in every file:
     B batch      N tokens = h w     C latent channels    D width    H W pixels    h w latent grid    p patch
     t time, 0 data to 1 noise       z latent        x_t = (1 - t) z + t eps    v = eps - z    eps ~ N(0, I)
@@ -63,6 +65,7 @@ def to_uint8(images):
 
 class ImageFolder:
     """Images below a folder. Its folders are the classes, in sorted order; a flat folder is one class.
+
     Whatever PIL opens becomes RGB (alpha is dropped). An image that cannot be read stops the run with its
     name: to skip it would silently change which images a step sees. ValueError if the folder is missing or
     has no images."""
@@ -139,6 +142,7 @@ def fingerprint(tensors):
 
 class Encoder(nn.Module):
     """A frozen timm VisionTransformer as a latent space: images (B, 3, H, W) in [0, 1] -> tokens (B, N, C).
+
     input_size is the side that the ViT sees; mean and std are per colour. antialias is for resizing the ViT's
     positions to its grid: the released code resizes MAE's and SigLIP2's without. The last LayerNorm loses its
     affine weights and prefix tokens are dropped (appendix C). Takes over `vit` and never trains it."""
@@ -205,6 +209,7 @@ def load_timm(model, weights, flag, unused=(), **extra):
 
 def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
     """Encoder by name: one of ENCODERS, "toy", "timm:MODEL", or a file written by assets/pretrain_encoder.py.
+
     weights: a local file in timm's names (.pt, .pth, .safetensors) instead of the download; flag names it in
     errors."""
     from timm.models.vision_transformer import VisionTransformer
@@ -262,6 +267,7 @@ class DecoderBlock(nn.Module):
 
 class Decoder(nn.Module):
     """MAE-style ViT: raw tokens (B, N, C) -> images (B, 3, H, W) in the encoder's normalised colours.
+
     Its parameters bear the released names, so its state dict is a released file."""
 
     def __init__(self, latent_dim, grid, patch_size, width, depth, heads, mlp_dim):
@@ -301,6 +307,7 @@ def sincos_2d(dim, grid):
 
 class RAE(nn.Module):
     """Encoder and decoder with the latent's statistics between them.
+
     mean, var: (C, h, w) as in a released stat.pt, over the training set, one per position and channel; None
     leaves the tokens as they are. tau: strength of the noise that the decoder is trained on (section 4.3), in
     train() mode only: sigma = tau U(0, 1) per image ("uniform", as released) or |N(0, tau^2)| ("half-normal",
@@ -350,6 +357,7 @@ class RAE(nn.Module):
 
 def latent_statistics(encoder, data, batch_size, device, rank=0, world=1):
     """Exact mean and population variance (C, h, w) of the tokens of a data set, centre crops in both flips.
+
     One pass in float64. The released running average depends on the order and is wrong on small sets."""
     sums = torch.zeros(2, encoder.grid ** 2, encoder.dim, dtype=torch.float64)
     mine = range(rank, len(data), world)
@@ -387,6 +395,7 @@ RELEASED = {
 
 def load_released_decoder(state_dict_or_path, heads=None):
     """Decoder from a state dict or file in the released names; its sizes are read from the shapes.
+
     heads comes from a known width (768, 1024, 1152) unless given. What else a checkpoint of ours holds is in
     the result's `about`. ValueError names a wrong or missing tensor."""
     file, where = state_dict_or_path, "state dict"
@@ -470,6 +479,7 @@ def released_file(name, kind=0):
 
 def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cpu"):
     """RAE of a decoder: a checkpoint of train_decoder.py, "released:NAME", or a released file.
+
     The first two know their encoder and statistics; a bare file needs encoder (a name) and stats (a file)."""
     name, decoder = str(decoder), load_released_decoder(released_file(decoder))
     about = decoder.about
@@ -549,6 +559,24 @@ def positive(text):
     return int(text)
 
 
+def training_flags(parser):
+    """What both loops are asked."""
+    for flag, kind, text in (
+            ("--data", str, "toy, or a folder of images (its folders are the classes)"),
+            ("--encoder-weights", str, "local file of the encoder's weights, timm's names"),
+            ("--init", str, "start from these weights: a checkpoint or released:NAME"),
+            ("--steps", positive, "optimiser steps"),
+            ("--batch-size", positive,
+             "images a step, over all processes (paper: decoder 512, diffusion 1024)"),
+            ("--lr", float, "peak learning rate (paper: 2e-4)"),
+            ("--lr-end", float, "learning rate at the end (paper: 2e-5)"),
+            ("--ema", float, "decay of the averaged weights (paper: decoder 0.9978, diffusion 0.9995)"),
+            ("--log-every", positive, "steps between lines of the log"),
+            ("--save-every", positive, "steps between checkpoints"),
+            ("--workers", int, "processes that read images")):
+        parser.add_argument(flag, type=kind, help=text)
+
+
 def parse(parser, presets):
     """Arguments whose defaults are those of --preset; any flag given wins. Adds what every script has."""
     parser.add_argument("--preset", choices=presets, default="toy", help="all other defaults")
@@ -565,8 +593,7 @@ def parse(parser, presets):
 def settings_of(args):
     """The arguments that make a run what it is; a checkpoint holds them, and only their like continues it."""
     free = {"out", "device", "workers", "eval_every", "eval_num", "eval_sigma", "fid_every", "fid_num",
-            "fid_reference",
-            "inception", "log_every", "sample_every", "save_every"}
+            "fid_reference", "inception", "log_every", "sample_every", "save_every"}
     return {k: v for k, v in vars(args).items() if k not in free}
 
 
@@ -649,6 +676,7 @@ def update_ema(ema, model, decay, step):
 
 class Guard:
     """Only finite gradients become a step: the others are counted, and five in a row end the run.
+
     Gradients are summed over processes before it looks, so that all of them skip or stop together."""
 
     def __init__(self):
@@ -659,8 +687,8 @@ class Guard:
         self.row = 0 if fine else self.row + 1
         self.skipped += not fine
         if self.row == 5:
-            raise ValueError("the loss was not finite for 5 steps in a row; the last checkpoint is kept: go on "
-                             "from it with --init and another --out, a lower --lr or --precision fp32")
+            raise ValueError("the loss was not finite for 5 steps in a row; the last checkpoint is kept: go "
+                             "on from it with --init and another --out, a lower --lr or --precision fp32")
         return fine
 
 
@@ -678,15 +706,16 @@ def save_checkpoint(out, file):
 
 def resume(out, kind, settings):
     """The newest whole checkpoint of this very run in `out`, or None if the folder is new.
+
     ValueError if the folder holds something else or a run with other settings (the differences are named)."""
     out, file = Path(out), None
     paths = [path for path in (out / "checkpoint.pt", out / "previous.pt") if path.exists()]
     for path in paths:
-        if file is None:
-            try:
-                file = read_file(path)
-            except ValueError as e:
-                say(f"{e}; trying the one before")
+        try:
+            file = read_file(path)
+            break
+        except ValueError as e:
+            say(f"{e}; trying the one before")
     if file is None:
         early = {"log.jsonl", "pairs.png", "eval.png", "checkpoint.tmp"}  # a run that was killed at its start
         if paths or out.exists() and {f.name for f in out.iterdir()} - early:

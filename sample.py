@@ -1,7 +1,9 @@
 """Pictures from a trained model: Euler from noise to a latent, then the decoder (5.1, E, I).
+
     python sample.py                                               # out/diffusion -> out/samples.png and .npz
     python sample.py --classes 0,3,7 --cfg 2 --out shapes.png
     python sample.py --preset imagenet256 --guide released:DiTDH-S-256 --scale 1.42 --num 50000 --out x.npz
+
 --out x.png is a grid of up to 100 pictures with x.npz of all beside it; x.npz alone holds uint8 (N, H, W, 3)
 as ADM's evaluator wants it; anything else is a folder of PNGs. Each carries a record of weights, flags and
 seed. Sample i depends on (seed, i) and its label, not on the batch or process it is drawn in.
@@ -57,13 +59,12 @@ class Samples:
         return len(self.labels)
 
     def batches(self, num, size, rank, world):
-        """(number of the first sample, batch (b, 3, H, W) uint8): every world-th batch from number rank
-        on."""
+        """(number of the first sample, batch (b, 3, H, W) uint8): every world-th batch from the rank-th."""
         for first in range(rank * size, num, world * size):
+            labels = self.labels[first:min(first + size, num)]
             with self.precision:
-                yield first, to_uint8(generate(*self.parts, self.labels[first:min(first + size, num)],
-                                               self.grid,
-                                               self.seed, first, **self.guidance)).cpu()
+                images = generate(*self.parts, labels, self.grid, self.seed, first, **self.guidance)
+            yield first, to_uint8(images).cpu()
 
 
 def check_fit(name, model, rae):

@@ -1,10 +1,13 @@
 """Stage 1: train the ViT decoder of a frozen encoder's latents, on noised latents (sections 3, 4.3 and C).
+
     python train_decoder.py                                              # the toy world -> out/decoder
     python train_decoder.py --data FOLDER --encoder my_encoder.pt        # own images
     torchrun --standalone --nproc_per_node=8 train_decoder.py --preset imagenet256 --data imagenet/train
     python train_decoder.py --eval-only --ckpt out/decoder/checkpoint.pt # the numbers of a decoder
+
 L = L1 + perceptual + 0.75 lambda GAN. Two frozen critics look at the images: for the paper's run LPIPS
 (VGG16) and a discriminator on DINO-S/8; offline both look through the frozen encoder itself (--critics).
+
 Writes checkpoint.pt (EMA decoder, latent statistics, what a resume needs), grid_*.png (rows: input,
 reconstruction, reconstruction from noisy latents), log.jsonl. The same command continues a stopped run.
 """
@@ -29,14 +32,14 @@ from fid import Moments, frechet_distance, load_inception
 from rae import (DECODERS, RAE, Batches, Decoder, Guard, Log, Stop, autocast, build_encoder, cli, keyed,
                  keyed_numpy, latent_statistics, load_rae, load_released_decoder, load_strict, load_timm,
                  loader, open_data, parse, positive, progress, psnr, read_file, read_images, released_file,
-                 resume, save_checkpoint, save_grid, say, settings_of, spread, start, update_ema)
+                 resume, save_checkpoint, save_grid, say, settings_of, spread, start, training_flags,
+                 update_ema)
 
 # ImageNet: 2,502 steps an epoch of 1,281,167 images, 16 epochs (Table 12; as released where they differ).
 IMAGENET = dict(data="imagenet/train", encoder="dinov2-b", image_size=256, resize=384, size="XL",
                 critics="published", perceptual=1.0, gan=0.75, batch_size=512, steps=40032, lr=2e-4,
-                lr_end=2e-5,
-                warmup=2502, ema=0.9978, workers=12, log_every=100, eval_every=2500, eval_num=2000,
-                save_every=2500)
+                lr_end=2e-5, warmup=2502, ema=0.9978, workers=12, log_every=100, eval_every=2500,
+                eval_num=2000, save_every=2500)
 PRESETS = {
     "toy": dict(data="toy", encoder="toy", image_size=32, size="toy",
                 critics="encoder", perceptual=1.0, gan=0.1, batch_size=64, steps=800, lr=2e-3, lr_end=1e-4,
@@ -44,7 +47,8 @@ PRESETS = {
     "imagenet256": IMAGENET,
     "imagenet512": IMAGENET | dict(image_size=512, resize=768),
 }
-LPIPS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
+LPIPS_URL = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/"
+             "vgg.pth")
 LPIPS_MD5 = "d507d7349b931f0638a25a48a722f98a"
 
 
@@ -52,6 +56,7 @@ LPIPS_MD5 = "d507d7349b931f0638a25a48a722f98a"
 
 class VitTaps(nn.Module):
     """Tokens of a frozen encoder's ViT after each quarter of its blocks.
+
     Images (B, 3, H, W) in [0, 1], resized to what the ViT sees -> five of (B, N, C) for 12 blocks: after the
     last block, then after blocks 2, 5, 8 and 11 counted from 0; no final norm, no prefix tokens."""
 
@@ -76,8 +81,8 @@ class VggTaps(nn.Module):
     def __init__(self, weights=None):
         super().__init__()
         vgg = load_timm("vgg16.tv_in1k", weights, "--vgg-weights", unused=("pre_logits.", "head."))
-        self.slices = nn.ModuleList(vgg.features[a:b] for a, b in ((0, 4), (4, 9), (9, 16), (16, 23), (23,
-                                                                                                       30)))
+        ends = (0, 4, 9, 16, 23, 30)
+        self.slices = nn.ModuleList(vgg.features[a:b] for a, b in zip(ends, ends[1:]))
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
         self.requires_grad_(False).eval()
@@ -92,6 +97,7 @@ class VggTaps(nn.Module):
 
 class Perceptual(nn.Module):
     """Distance of two batches of images in [0, 1], (B,): LPIPS for VggTaps with its learned weights.
+
     Features of unit length at each position, their squared difference, weighted by channel (all 1 / taps
     unless given), mean over positions, sum over taps. Always float32; gradients reach the first images."""
 
@@ -104,15 +110,13 @@ class Perceptual(nn.Module):
             with torch.no_grad():
                 b = self.taps(b.float())
             a = self.taps(a.float())
+            a, b = ([x / (x.norm(dim=2, keepdim=True) + 1e-10) for x in taps] for taps in (a, b))
             weights = self.weights or [torch.full_like(a[0][0, 0], 1 / len(a))] * len(a)
-            return sum(((x / (x.norm(dim=2, keepdim=True) + 1e-10) - y / (y.norm(dim=2,
-                                                                                 keepdim=True) + 1e-10))
-                        .square() @ w).mean(1) for x, y, w in zip(a, b, weights))     # (B,)
+            return sum(((x - y).square() @ w).mean(1) for x, y, w in zip(a, b, weights))   # (B,)
 
 
 def lpips(args, device):
-    """LPIPS of VGG16 (v0.1): its learned weights from a file or fetched once, compared with the published
-    hash."""
+    """LPIPS of VGG16 (v0.1), its learned weights from a file or fetched once; their hash is checked."""
     path = Path(args.lpips_weights or Path(torch.hub.get_dir(), "checkpoints", "lpips_vgg.pth"))
     if not path.is_file() and not args.lpips_weights:
         try:
@@ -133,6 +137,7 @@ def lpips(args, device):
 
 class Discriminator(nn.Module):
     """The trained part of D, a head per tap: taps of (B, N, C) -> logits (B, taps N), one per token.
+
     Each norm is over the tokens of one image; all convolutions are spectrally normalised (appendix C)."""
 
     def __init__(self, width, taps):
@@ -158,6 +163,7 @@ class Discriminator(nn.Module):
 
 def diffaug(x, u):
     """Differentiable augmentation of images (B, 3, H, W) in [-1, 1] by uniform u (B, 5) in [0, 1).
+
     A shift of up to an eighth, zero-padded, then brightness + U(-.5, .5), saturation x U(0, 2), contrast x
     U(.5, 1.5): all of them for every image (Zhao et al. 2020)."""
     size, s = x.shape[-1], round(x.shape[-1] / 8)
@@ -173,15 +179,14 @@ def diffaug(x, u):
 
 
 def hinge(logits):
-    """Discriminator's loss of logits whose first half saw real images and whose second half
-    reconstructions."""
+    """Discriminator's loss of logits whose first half saw real images, the second reconstructions."""
     real, fake = logits.chunk(2)
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def adaptive_weight(output, weight, of_reconstruction, of_gan):
-    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6), clamped to [0, 1e4]; gradients at the last
-    weight.
+    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6) at the last layer's weight, within [0, 1e4].
+
     The two gradients come in at the output. All processes get the lambda of the global batch."""
     grads = torch.stack([torch.autograd.grad(output, weight, g, retain_graph=True)[0]
                          for g in (of_reconstruction, of_gan)])
@@ -256,15 +261,13 @@ def learning_rate(step, steps, args):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--data", help="toy, or a folder of images (its folders are the classes)")
+    training_flags(p)
     p.add_argument("--val-data", help="folder to evaluate on; without it training images serve")
     p.add_argument("--encoder", help="toy, dinov2-{s,b,l}, siglip2-b, mae-b, timm:MODEL or a file")
-    p.add_argument("--encoder-weights", help="local file of the encoder's weights, timm's names")
     p.add_argument("--image-size", type=positive, help="pixels of the decoded image")
     p.add_argument("--resize", type=int, help="short side before a random crop (paper: 384); unset: centre")
     p.add_argument("--size", choices=DECODERS, help="decoder: width and depth (paper: XL)")
     p.add_argument("--upsample", type=positive, default=1, help="decoded pixels per encoder pixel (6.1: 2)")
-    p.add_argument("--init", help="start from this decoder: a checkpoint or released:NAME")
     p.add_argument("--noise-tau", type=float, default=0.8,
                    help="noise on the latents, 0 for none (paper: 0.8)")
     p.add_argument("--noise-dist", choices=["uniform", "half-normal"], default="uniform",
@@ -278,13 +281,8 @@ def main():
     p.add_argument("--gan", type=float, help="weight of the GAN loss, 0 for none (paper: 0.75)")
     p.add_argument("--starts", type=float, nargs=3, default=(0, 0.375, 0.5), metavar=("LPIPS", "D", "GAN"),
                    help="when each begins, as a share of the run (paper: epochs 0, 6 and 8 of 16)")
-    p.add_argument("--steps", type=positive, help="optimiser steps")
-    p.add_argument("--batch-size", type=positive, help="images a step, over all processes (paper: 512)")
-    p.add_argument("--lr", type=float, help="peak learning rate (paper: 2e-4)")
-    p.add_argument("--lr-end", type=float, help="learning rate at the end (paper: 2e-5)")
     p.add_argument("--warmup", type=int, help="steps of linear warm-up (paper: 1 of 16 epochs)")
     p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help="of AdamW (paper: 0.5 0.9)")
-    p.add_argument("--ema", type=float, help="decay of the averaged decoder (paper: 0.9978)")
     p.add_argument("--eval-only", action="store_true", help="print the numbers of --ckpt and stop")
     p.add_argument("--ckpt", help="with --eval-only: a checkpoint, released:NAME or a released file")
     p.add_argument("--stats", help="with --eval-only: latent statistics of a bare released file")
@@ -292,10 +290,7 @@ def main():
     p.add_argument("--eval-sigma", type=float, default=0.8, help="latent noise of the _noisy numbers")
     p.add_argument("--inception", help="file of the 2015 Inception weights, for rFID")
     p.add_argument("--out", default="out/decoder", help="folder of the run")
-    p.add_argument("--log-every", type=positive, help="steps between lines of the log")
     p.add_argument("--eval-every", type=positive, help="steps between evaluations")
-    p.add_argument("--save-every", type=positive, help="steps between checkpoints")
-    p.add_argument("--workers", type=int, help="processes that read images")
     args = parse(p, PRESETS)
     settings = settings_of(args)
     if args.resize and args.resize < args.image_size:
@@ -325,8 +320,8 @@ def main():
         mean, var = latent_statistics(encoder, centred, args.batch_size // world, device, rank, world)
     torch.manual_seed(args.seed)
     width, depth, heads, mlp_dim = DECODERS[args.size]
-    decoder = Decoder(encoder.dim, encoder.grid, args.image_size // encoder.grid, width, depth, heads,
-                      mlp_dim)
+    patch = args.image_size // encoder.grid
+    decoder = Decoder(encoder.dim, encoder.grid, patch, width, depth, heads, mlp_dim)
     if args.init and not run:
         load_strict(decoder, load_released_decoder(released_file(args.init)).state_dict(), args.init)
     rae = RAE(encoder, decoder, mean, var, args.noise_tau, args.noise_dist).to(device)
@@ -334,21 +329,20 @@ def main():
     averaged = RAE(encoder, ema, mean, var).to(device)
     published = args.critics == "published"
     perceptual = lpips(args, device) if published else Perceptual(VitTaps(encoder))
-    dino = build_encoder("dino-s8", 224, args.dino_weights,
-                         "--dino-weights") if published and args.gan else None
-    taps = VitTaps(dino.to(device) if dino else encoder)
+    seer = encoder
+    if published and args.gan:
+        seer = build_encoder("dino-s8", 224, args.dino_weights, "--dino-weights").to(device)
+    taps = VitTaps(seer)
     discriminator = Discriminator(taps.width, len(taps.blocks) + 1).to(device)
-    optimizer, optimizer_d = (torch.optim.AdamW(m.parameters(), betas=args.betas, weight_decay=0.0,
-                                                fused=True)
-                              for m in (decoder, discriminator))
+    adam = dict(betas=args.betas, weight_decay=0.0, fused=True)
+    optimizer, optimizer_d = (torch.optim.AdamW(m.parameters(), **adam) for m in (decoder, discriminator))
     parts = dict(ema=ema, model=decoder, optimizer=optimizer, discriminator=discriminator,
                  optimizer_d=optimizer_d)
     first = run["step"] if run else 0
     for name, part in parts.items() if run else ():
         part.load_state_dict(run[name])
     del run                                            # its tensors are copied by now
-    parallel, parallel_d = ((DistributedDataParallel(m) if world > 1 else m
-                             for m in (decoder, discriminator)))
+    parallel, parallel_d = (DistributedDataParallel(m) if world > 1 else m for m in (decoder, discriminator))
     say(f"{args.encoder}: {encoder.grid ** 2} tokens x {encoder.dim}; decoder {args.size}, "
         f"{sum(x.numel() for x in decoder.parameters()) / 1e6:.1f}M parameters, {len(data)} images")
 
@@ -372,8 +366,7 @@ def main():
             totals.zero_()
             since, began = step, time.time()
         if rank == 0 and step > first and (step % args.eval_every == 0 or last):
-            numbers, grid = evaluate(averaged, val, perceptual if published else None, inception,
-                                     args)
+            numbers, grid = evaluate(averaged, val, perceptual if published else None, inception, args)
             log(step=step, **numbers)
             save_grid(grid, f"{args.out}/grid_{step:06d}.png", columns=len(grid) // 3)
         if rank == 0 and (step > first or not first) and (step % args.save_every == 0 or last):
@@ -384,8 +377,7 @@ def main():
         if last:
             break
 
-        # The decoder's step. Each critic is walked back once, to the image; lambda and the step go on from
-        # there.
+        # The decoder's step. Each critic is walked back once, to the image; lambda and the rest start there.
         set_rate(optimizer, learning_rate(step, args.steps, args))
         images = next(stream)[0].to(device, non_blocking=True).float() / 255          # (B, 3, H, W)
         u = keyed_numpy(args.seed, step, args.batch_size).random((args.batch_size, 3, 5), dtype=np.float32)
@@ -434,7 +426,6 @@ def main():
 def set_rate(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr
-    return lr
 
 
 def judge(args, inception, device):

@@ -1,7 +1,9 @@
 """Stage 2: train DiT^DH by flow matching on the latents of a frozen RAE (sections 4 and 5).
+
     python train_diffusion.py                                            # the toy world -> out/diffusion
     python train_diffusion.py --data FOLDER --decoder out/decoder/checkpoint.pt          # own images
     torchrun --standalone --nproc_per_node=8 train_diffusion.py --preset imagenet256 --data imagenet/train
+
 Writes checkpoint.pt (model, EMA, optimiser), pairs.png (images over reconstructions), samples_*.png (a column
 per class, fixed noise, EMA weights), log.jsonl (loss, also in bins of t). The same command continues a
 stopped run.
@@ -17,12 +19,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from dit_dh import (SIZES, DiTDH, draw_time, flow_loss, load_released, shift_alpha, shift_time,
-                    time_grid)
 import fid
+from dit_dh import SIZES, DiTDH, draw_time, flow_loss, load_released, shift_alpha, shift_time, time_grid
 from rae import (Batches, Guard, Log, Stop, autocast, cli, keyed, keyed_numpy, load_rae, load_strict, loader,
                  open_data, parse, positive, progress, psnr, read_images, released_file, resume,
-                 save_checkpoint, save_grid, say, settings_of, spread, start, update_ema)
+                 save_checkpoint, save_grid, say, settings_of, spread, start, training_flags,
+                 update_ema)
 from sample import Samples, balanced_labels, generate
 
 # ImageNet: batch 1024, 1,252 steps an epoch; 800 epochs, lr 2e-4 held for 40 and linear to 2e-5 (appendix D).
@@ -71,37 +73,27 @@ def draws(args, device, step, rows, shape):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--data", help="toy, or a folder of images (its folders are the classes)")
+    training_flags(p)
     p.add_argument("--decoder", help="toy, a checkpoint of train_decoder.py or released:NAME")
     p.add_argument("--encoder", help="encoder that a bare released decoder belongs to")
-    p.add_argument("--encoder-weights", help="local file of the encoder's weights, timm's names")
     p.add_argument("--stats", help="latent statistics file of a bare released decoder")
     p.add_argument("--backbone", type=transformer_size, help="S B L XL or width,depth,heads (paper: XL)")
     p.add_argument("--head", type=lambda s: s if s == "none" else transformer_size(s, 2),
                    help="wide head, likewise; none for the plain DiT (paper: G, 2048,2,16)")
     p.add_argument("--unconditional", action="store_true", help="labels are always null")
-    p.add_argument("--init", help="start from this model: a checkpoint or released:NAME")
     p.add_argument("--alpha", type=float, default=None, help="schedule shift (sqrt(N C / 4096), at least 1)")
     p.add_argument("--time", choices=["logit-normal", "uniform"], default="logit-normal",
                    help="t before the shift")
     p.add_argument("--label-drop", type=float, default=0.1, help="share of labels dropped, for guidance")
-    p.add_argument("--steps", type=positive, help="optimiser steps")
-    p.add_argument("--batch-size", type=positive, help="images a step, over all processes (paper: 1024)")
-    p.add_argument("--lr", type=float, help="learning rate (paper: 2e-4)")
-    p.add_argument("--lr-end", type=float, help="learning rate at the end (paper: 2e-5)")
     p.add_argument("--hold", type=int, help="steps before the rate falls (paper: 40 of 800 epochs)")
     p.add_argument("--clip", type=float, default=1.0, help="gradient norm, 0 for no clipping")
-    p.add_argument("--ema", type=float, help="decay of the averaged model (paper: 0.9995)")
     p.add_argument("--cfg", type=float, help="guidance of the preview samples")
     p.add_argument("--out", default="out/diffusion", help="folder of the run")
-    p.add_argument("--log-every", type=positive, help="steps between lines of the log")
     p.add_argument("--sample-every", type=positive, help="steps between sample grids")
     p.add_argument("--fid-every", type=int, default=0, help="steps between scores of new samples, 0 for none")
     p.add_argument("--fid-num", type=positive, default=500, help="samples for a score (paper: 50000)")
     p.add_argument("--fid-reference", default="toy", help="what fid.py takes as REFERENCE")
     p.add_argument("--inception", help="file of the 2015 Inception weights; unset with toy: encoder features")
-    p.add_argument("--save-every", type=positive, help="steps between checkpoints")
-    p.add_argument("--workers", type=int, help="processes that read images")
     args = parse(p, PRESETS)
     settings = settings_of(args)
     device, rank, world = start(args)
@@ -168,7 +160,7 @@ def main():
             labels = balanced_labels(classes, args.fid_num)
             samples = Samples(rae, ema, labels, time_grid(50, alpha), args.seed, autocast(device, args),
                               cfg=args.cfg)
-            scores = fid.score(samples, args.fid_reference, features, args.inception, device=device)
+            scores = fid.score(samples, args.fid_reference, features, weights=args.inception, device=device)
             if rank == 0:
                 log(step=step, **{k: v for k, v in scores.items() if k not in ("num", "label")})
         if rank == 0 and (step > first or not first) and (step % args.save_every == 0 or last):

@@ -29,6 +29,7 @@ def pytest_configure(config):
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """run("train_decoder.py", "--steps 4 ...") in an empty folder, small toy world; returns its output.
+
     A script that stops with an error raises SystemExit, whose text is the line a user would see."""
     import rae
     from assets import toy_world

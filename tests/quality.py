@@ -1,5 +1,7 @@
 """How good is the default? One JSON line, and exit code 1 if a number is below its bar.
+
     python train_diffusion.py && python tests/quality.py
+
 A small convolutional classifier, trained here on toy training images alone, judges reconstructions and
 samples. The linear probe is a logistic regression on the flattened normalised latents of 10,000 training
 images.

@@ -1,5 +1,6 @@
 """python ranks.py KEEP SCRIPT [flags]: runs a training script, alone or under torchrun, and writes for each
 process KEEP/RANK.pt: for each optimiser the gradients of its first step and its parameters at the end.
+
 With EPS set in the environment it becomes AdamW's eps."""
 
 import os

@@ -72,7 +72,8 @@ FLAGS = {
         "--data photos --val-data photos_val --encoder e/enc.pt --image-size 24 --resize 26 --noise-tau 0.5 "
         "--noise-dist half-normal --perceptual 0 --gan 0.3 --starts 0 0.3 0.4 --betas 0.5 0.9 --steps 3 "
         "--batch-size 4 --lr 0.001 --lr-end 0.0001 --warmup 1 --ema 0.9 --seed 2 --out d/a --log-every 1 "
-        "--eval-every 2 --eval-num 3 --eval-sigma 0.1 --save-every 2 --workers 1 --device cpu --precision bf16",
+        "--eval-every 2 --eval-num 3 --eval-sigma 0.1 --save-every 2 --workers 1 --device cpu "
+        "--precision bf16",
         "--image-size 64 --upsample 2 --steps 2 --batch-size 4 --out d/up",
         "--data photos --encoder e/enc.pt --image-size 24 --steps 2 --batch-size 4 --out d/b",
         "--data photos --encoder e/enc.pt --image-size 24 --steps 2 --batch-size 4 --out d/c "
@@ -91,8 +92,8 @@ FLAGS = {
         "--save-every 2 --workers 1 --device cpu --precision bf16",
         "--data photos --decoder d/b/checkpoint.pt --backbone 16,1,2 --head none "
         "--unconditional --steps 2 --batch-size 4 --out f/plain",
-        "--data toy --init f/toy/checkpoint.pt --steps 1 --batch-size 4 --out f/init --fid-every 1 --fid-num 4 "
-        "--fid-reference photos_fid32 --inception inception.pt",
+        "--data toy --init f/toy/checkpoint.pt --steps 1 --batch-size 4 --out f/init --fid-every 1 "
+        "--fid-num 4 --fid-reference photos_fid32 --inception inception.pt",
         "--decoder d/up/checkpoint.pt --steps 1 --batch-size 4 --out f/up",
         "--preset imagenet512 --data photos --decoder bare.pt --encoder timm:vit_tiny_patch16_224 "
         "--encoder-weights tiny.pt --stats stat.pt --backbone S --head 16,1,2 --steps 1 "
@@ -153,6 +154,9 @@ def test_every_flag_is_run(script):
     """A flag exists only if a test runs it off its default; the help fits about one screen."""
     source = (ROOT / script).read_text()
     flags = set(re.findall(r'add_argument\("(--[a-z-]+)"', source))
+    if "training_flags(p)" in source:
+        shared = (ROOT / "rae.py").read_text().split("def training_flags")[1].split("def parse")[0]
+        flags |= set(re.findall(r'\("(--[a-z-]+)"', shared))
     flags |= {"--preset", "--seed", "--device", "--precision"} if "parse(p, PRESETS)" in source else set()
     ran = set(re.findall(r"--[a-z0-9-]+", " ".join(FLAGS[script])))
     critics = (ROOT / "tests" / "test_stage1.py").read_text()        # needs VGG16 and DINO: a test of its own
