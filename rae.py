@@ -426,8 +426,8 @@ def load_released_decoder(state_dict_or_path, heads=None):
     decoder = Decoder(size(("decoder_embed.weight", 1)), math.isqrt(tokens), math.isqrt(pixels // 3), width,
                       depth, heads, mlp_dim)
     load_strict(decoder, state, where)
-    decoder.about = {k: v for k, v in file.items()
-                     if k not in ("ema", "model", "optimizer")} if "ema" in file else {}
+    training = ("ema", "model", "optimizer", "discriminator", "optimizer_d")
+    decoder.about = {k: v for k, v in file.items() if k not in training} if "ema" in file else {}
     return decoder.eval()
 
 
@@ -665,6 +665,11 @@ class Stop:
             dist.all_reduce(now)
             self.now = bool(now)
         return self.now
+
+
+def set_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def update_ema(ema, model, decay, step):

@@ -32,8 +32,8 @@ from fid import Moments, frechet_distance, load_inception
 from rae import (DECODERS, RAE, Batches, Decoder, Guard, Log, Stop, autocast, build_encoder, cli, keyed,
                  keyed_numpy, latent_statistics, load_rae, load_released_decoder, load_strict, load_timm,
                  loader, open_data, parse, positive, progress, psnr, read_file, read_images, released_file,
-                 resume, save_checkpoint, save_grid, say, settings_of, spread, start, training_flags,
-                 update_ema)
+                 resume, save_checkpoint, save_grid, say, set_rate, settings_of, spread, start,
+                 training_flags, update_ema)
 
 # ImageNet: 2,502 steps an epoch of 1,281,167 images, 16 epochs (Table 12; as released where they differ).
 IMAGENET = dict(data="imagenet/train", encoder="dinov2-b", image_size=256, resize=384, size="XL",
@@ -421,11 +421,6 @@ def main():
                 optimizer_d.step()
         losses = torch.stack([l1, distance, gan, d_loss, gan_weight]).detach()
         totals += losses.nan_to_num(posinf=0, neginf=0)
-
-
-def set_rate(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def judge(args, inception, device):

@@ -23,7 +23,7 @@ import fid
 from dit_dh import SIZES, DiTDH, draw_time, flow_loss, load_released, shift_alpha, shift_time, time_grid
 from rae import (Batches, Guard, Log, Stop, autocast, cli, keyed, keyed_numpy, load_rae, load_strict, loader,
                  open_data, parse, positive, progress, psnr, read_images, released_file, resume,
-                 save_checkpoint, save_grid, say, settings_of, spread, start, training_flags,
+                 save_checkpoint, save_grid, say, set_rate, settings_of, spread, start, training_flags,
                  update_ema)
 from sample import Samples, balanced_labels, generate
 
@@ -144,8 +144,7 @@ def main():
             rate = (step - since) * args.batch_size / (time.time() - began)
             if rank == 0:
                 log(step=step, loss=loss.item(), grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"],
-                    images_per_s=rate,
-                    skipped=guard.skipped,
+                    images_per_s=rate, skipped=guard.skipped,
                     loss_by_t=[s / n if n else None for s, n in totals[:2].T.tolist()],
                     minutes_left=(args.steps - step) * args.batch_size / rate / 60)
             totals.zero_()
@@ -170,9 +169,7 @@ def main():
                 | {name: part.state_dict() for name, part in parts.items()})
         if last:
             break
-        lr = learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(optimizer, learning_rate(step, args))
         images, y = (x.to(device, non_blocking=True) for x in next(stream))         # (B, 3, H, W) uint8, (B,)
         t, keep, noise = draws(args, device, step, batches.rows, shape)
         y = torch.where(keep & (not args.unconditional), y, model.num_classes)

@@ -96,6 +96,16 @@ def test_statistics_stream(tmp_path, batch):
     assert np.allclose(mu, f.mean(0), rtol=1e-12) and np.allclose(sigma, np.cov(f.T), rtol=1e-9)
 
 
+def test_every_kind_of_image_is_read(tmp_path):
+    for mode, suffix in (("RGB", ".PNG"), ("L", ".JPEG"), ("P", ".png"), ("RGBA", ".webp"), ("1", ".bmp")):
+        save_images(tmp_path / "deep" / mode, 1, size=(8, 8), mode=mode, suffix=suffix)
+    (tmp_path / "deep" / "record.json").write_text("{}")
+    images = Images(tmp_path)
+    assert len(images) == 5 and images.size == 8
+    assert all(images.read(i).shape == (3, 8, 8) and images.read(i).dtype == torch.uint8 for i in range(5))
+    assert Images(tmp_path, crop=4).size == 4
+
+
 def test_bad_arrays(tmp_path):
     for name, arrays, message in (("f", dict(arr_0=np.zeros((4, 8, 8, 3))), "uint8"),
                                   ("g", dict(arr_0=np.zeros((4, 3, 8, 8), np.uint8)), "uint8"),
@@ -290,7 +300,7 @@ def test_two_processes_give_the_number_of_one(sides, inception_file, tmp_path):
     """Batches, not images, go to the processes in turn; 13 and 11 images, 4 at a time, and 67 to 2,000 toys.
 
     Where there are fewer images than features, the Frechet distance turns the order of a float64 sum into
-    1e-8 of itself: mu and sigma are compared there, and the distance in the 64 features of the toy encoder."""
+    1e-8 of itself: mu and sigma are compared there, and the distance in the toy encoder's 64 features."""
     save_images(tmp_path / "c", 67, size=(32, 32), seed=3)
     got = []
     for launch in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone",

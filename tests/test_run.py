@@ -200,7 +200,7 @@ def test_samples_do_not_depend_on_the_batch(run):
 
 def test_two_processes_do_the_run_of_one(tmp_path, photos):
     """torchrun, gloo: ranks end with the same weights as one process, up to the order of a sum."""
-    logs = []
+    logs, pictures = [], []
     for launch in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                       "--nproc_per_node=2"]):
         out = tmp_path / str(len(launch))
@@ -213,8 +213,14 @@ def test_two_processes_do_the_run_of_one(tmp_path, photos):
                        f"--out {out}/{script} {extra}")
             done = subprocess.run(launch + command.split(), env=env, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-2000:]
+        command = (f"{ROOT}/sample.py --ckpt {tmp_path}/1/train_diffusion.py/checkpoint.pt --num 7 --steps 2 "
+                   f"--batch-size 2 --out {out}/samples.npz")         # both from the model of the one process
+        done = subprocess.run(launch + command.split(), env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        pictures.append(np.load(out / "samples.npz")["arr_0"])
         logs.append([[json.loads(line) for line in open(out / script / "log.jsonl")]
                      for script in ("train_decoder.py", "train_diffusion.py")])
+    assert pictures[0].shape == (7, 32, 32, 3) and np.array_equal(*pictures)
     for one, two in zip(*logs):
         for a, b in zip(one, two, strict=True):
             key = next(k for k in ("psnr", "l1", "loss") if k in a)

@@ -180,7 +180,8 @@ def test_ssim_against_its_definition():
             p, q = a[y:y + 11, x:x + 11], b[y:y + 11, x:x + 11]
             mp, mq = (w * p).sum(), (w * q).sum()
             vp, vq, c = (w * (p - mp) ** 2).sum(), (w * (q - mq) ** 2).sum(), (w * (p - mp) * (q - mq)).sum()
-            values.append((2 * mp * mq + 1e-4) / (mp ** 2 + mq ** 2 + 1e-4) * (2 * c + 9e-4) / (vp + vq + 9e-4))
+            luminance = (2 * mp * mq + 1e-4) / (mp ** 2 + mq ** 2 + 1e-4)
+            values.append(luminance * (2 * c + 9e-4) / (vp + vq + 9e-4))
     a, b = (torch.tensor(x, dtype=torch.float32).expand(2, 3, -1, -1) for x in (a, b))
     assert gap(T.ssim(a, b), torch.full((2,), float(np.mean(values)))) < 1e-5
     assert gap(T.ssim(a, a), torch.ones(2)) < 1e-6
