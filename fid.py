@@ -332,7 +332,8 @@ def precision_recall(samples, references, k=3, rows=500):
     A ball reaches to its centre's k-th neighbour in its own set (Kynkaanniemi et al. 2019). Distances are
     held for `rows` images at a time."""
     def radii(x):                                      # the nearest of k + 1 is the image itself
-        return torch.cat([torch.cdist(r, x).topk(k + 1, largest=False).values[:, -1] for r in x.split(rows)])
+        return torch.cat([torch.cdist(r, x).topk(min(k + 1, len(x)), largest=False).values[:, -1]
+                          for r in x.split(rows)])
     of_sample, of_reference = radii(samples), radii(references)
     precise, recalled = 0, torch.zeros(len(references), dtype=torch.bool, device=references.device)
     for x, radius in zip(samples.split(rows), of_sample.split(rows)):

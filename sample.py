@@ -3,10 +3,12 @@
     python sample.py                                               # out/diffusion -> out/samples.png and .npz
     python sample.py --classes 0,3,7 --cfg 2 --out shapes.png
     python sample.py --preset imagenet256 --guide released:DiTDH-S-256 --scale 1.42 --num 50000 --out x.npz
+    torchrun --standalone --nproc_per_node=8 -- sample.py --num 50000 --out x.npz
 
 --out x.png is a grid of up to 100 pictures with x.npz of all beside it; x.npz alone holds uint8 (N, H, W, 3)
 as ADM's evaluator wants it; anything else is a folder of PNGs. Each carries a record of weights, flags and
 seed. Sample i depends on (seed, i) and its label, not on the batch or process it is drawn in.
+The "--" keeps torchrun from reading --num as an option of its own.
 """
 
 import argparse

@@ -215,7 +215,8 @@ def test_two_processes_do_the_run_of_one(tmp_path, photos):
             assert done.returncode == 0, done.stderr[-2000:]
         command = (f"{ROOT}/sample.py --ckpt {tmp_path}/1/train_diffusion.py/checkpoint.pt --num 7 --steps 2 "
                    f"--batch-size 2 --out {out}/samples.npz")         # both from the model of the one process
-        done = subprocess.run(launch + command.split(), env=env, capture_output=True, text=True)
+        end = ["--"] if len(launch) > 1 else []        # else torchrun takes --num for an option of its own
+        done = subprocess.run(launch + end + command.split(), env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         pictures.append(np.load(out / "samples.npz")["arr_0"])
         logs.append([[json.loads(line) for line in open(out / script / "log.jsonl")]
