@@ -340,7 +340,7 @@ def precision_recall(samples, references, k=3, rows=500):
         d = torch.cdist(x, references)                                                # (rows, references)
         precise += (d <= of_reference).any(1).sum().item()
         recalled |= (d <= radius[:, None]).any(0)
-    return precise / len(samples), recalled.float().mean().item()
+    return precise / len(samples), recalled.double().mean().item()
 
 
 def warn(text):

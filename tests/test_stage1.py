@@ -219,6 +219,7 @@ def distance(a, b):
     return ((a - b).norm() / a.norm()).item()
 
 
+@pytest.mark.slow
 def test_ranks_stay_together_with_the_gan(tmp_path):
     """20 steps of 8 images, the GAN on from the first. The discriminator's first step sees what the decoder's
     left, which AdamW has by then pulled apart where gradients are zero: so once more with a rate of 0."""
@@ -246,7 +247,7 @@ def test_starts_keep_their_shape_in_short_runs(run):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_both_precisions_train(run, precision):
-    run("train_decoder.py", f"--precision {precision} --steps 60 --batch-size 16 --log-every 20 --eval-num 8 "
+    run("train_decoder.py", f"--precision {precision} --steps 45 --batch-size 16 --log-every 15 --eval-num 8 "
         "--starts 0 0.2 0.5", tiny=False)
     log = [x for x in log_of("out/decoder") if "l1" in x]
     assert log[-1]["l1"] < 0.7 * log[0]["l1"] and log[-1]["skipped"] == 0
@@ -330,17 +331,17 @@ def test_rfid_with_inception_weights(run):
 
 @pytest.mark.slow
 def test_noise_augmented_decoding(tmp_path):
-    """The paper's direction (T15): a little worse from clean latents, much better from noisy ones."""
-    result = {}
+    """The paper's direction (T15): a little worse from clean latents, much better from noisy ones.
+
+    The default run without the GAN, one seed; the README has three."""
+    result = []
     for tau in (0.0, 0.8):
-        for seed in range(3):
-            command = (f"{ROOT}/train_decoder.py --noise-tau {tau} --seed {seed} --gan 0 --eval-every 800 "
-                       f"--eval-num 2000 --eval-sigma 0.4 --out {tmp_path}/{tau}-{seed}")
-            done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-2000:]
-            last = log_of(tmp_path / f"{tau}-{seed}")[-1]
-            result[tau, seed] = last["psnr"], last["psnr_noisy"]
-    print({str(k): v for k, v in result.items()})
-    for seed in range(3):
-        clean, noisy = (result[0.8, seed][i] - result[0.0, seed][i] for i in (0, 1))
-        assert clean > -1.5 and noisy > 2, (seed, clean, noisy)
+        command = (f"{ROOT}/train_decoder.py --noise-tau {tau} --gan 0 --eval-every 800 --eval-num 2000 "
+                   f"--eval-sigma 0.4 --out {tmp_path}/{tau}")
+        done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        last = log_of(tmp_path / f"{tau}")[-1]
+        result.append((last["psnr"], last["psnr_noisy"]))
+    clean, noisy = (with_noise - without for without, with_noise in zip(*result))
+    print(f"tau 0.8 against 0: clean {clean:+.2f} dB, noisy {noisy:+.2f} dB")
+    assert clean > -1.5 and noisy > 2
