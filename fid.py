@@ -286,7 +286,9 @@ def statistics(images, features, num, batch, device, net=None, metrics=("fid",))
     Batches go to the processes in turn, and their sums are added up: any number of processes sees the batches
     of one. Only precision and recall keep features; all else is summed as the batches come."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    pool, spatial, kept = Moments(), Moments(), {}
+    pool, spatial, seen = Moments(), Moments(), 0
+    mine = sum(min(batch, num - first) for first in range(rank * batch, num, world * batch))
+    rows = torch.empty(mine if "pr" in metrics else 0, 2048)
     chunks = torch.zeros(-(-num // CHUNK), 1009, dtype=torch.float64)     # sums of p, and of its entropy
     for first, x in tqdm(images.batches(num, batch, rank, world), desc=images.source, unit="image",
                          unit_scale=batch * world, disable=rank > 0 or not sys.stderr.isatty()):
@@ -299,15 +301,17 @@ def statistics(images, features, num, batch, device, net=None, metrics=("fid",))
             p = torch.cat([p, torch.special.entr(p).sum(1, keepdim=True)], 1)
             chunks.index_add_(0, torch.arange(first, first + len(p)) // CHUNK, p)
         if "pr" in metrics:
-            kept[first] = f.cpu()
+            rows[seen:seen + len(f)] = f.cpu()
+            seen += len(f)
     result = dict(zip(("mu", "sigma"), pool.merge().result()))
     if "sfid" in metrics:
         result |= dict(zip(("mu_s", "sigma_s"), spatial.merge().result()))
     if "is" in metrics:
         result["is"] = inception_score(sum(gathered(chunks)), num)
     if "pr" in metrics:
-        kept = {first: f for part in gathered(kept) for first, f in part.items()}
-        result["pool3"] = torch.cat([kept[first] for first in sorted(kept)])
+        parts = [part.split(batch) for part in gathered(rows)]         # batch i is rank i % world's
+        result["pool3"] = rows if world == 1 else torch.cat([parts[i % world][i // world]
+                                                             for i in range(-(-num // batch))])
     return result
 
 
@@ -326,18 +330,22 @@ def inception_score(chunks, num):
 
 
 @torch.no_grad()
-def precision_recall(samples, references, k=3, rows=500):
+def precision_recall(samples, references, k=3, rows=100):
     """Share of samples inside some reference's ball, and of references inside some sample's; rows (n, D).
 
     A ball reaches to its centre's k-th neighbour in its own set (Kynkaanniemi et al. 2019). Distances are
     held for `rows` images at a time."""
+    def squared(x, y):                                 # (rows, len(y)); cdist would copy all of y
+        norms = [torch.linalg.vector_norm(z, dim=1).square() for z in (x, y)]
+        return (norms[0][:, None] + norms[1]).addmm_(x, y.T, alpha=-2)
+
     def radii(x):                                      # the nearest of k + 1 is the image itself
-        return torch.cat([torch.cdist(r, x).topk(min(k + 1, len(x)), largest=False).values[:, -1]
+        return torch.cat([squared(r, x).topk(min(k + 1, len(x)), largest=False).values[:, -1]
                           for r in x.split(rows)])
     of_sample, of_reference = radii(samples), radii(references)
     precise, recalled = 0, torch.zeros(len(references), dtype=torch.bool, device=references.device)
     for x, radius in zip(samples.split(rows), of_sample.split(rows)):
-        d = torch.cdist(x, references)                                                # (rows, references)
+        d = squared(x, references)                                                    # (rows, references)
         precise += (d <= of_reference).any(1).sum().item()
         recalled |= (d <= radius[:, None]).any(0)
     return precise / len(samples), recalled.double().mean().item()
