@@ -330,7 +330,7 @@ def inception_score(chunks, num):
 
 
 @torch.no_grad()
-def precision_recall(samples, references, k=3, rows=100):
+def precision_recall(samples, references, k=3, rows=250):
     """Share of samples inside some reference's ball, and of references inside some sample's; rows (n, D).
 
     A ball reaches to its centre's k-th neighbour in its own set (Kynkaanniemi et al. 2019). Distances are
