@@ -9,6 +9,7 @@ Letters, the same in every file:
     B batch      N tokens = h w     C latent channels    D width    H W pixels    h w latent grid    p patch
     t time, 0 data to 1 noise       z latent        x_t = (1 - t) z + t eps    v = eps - z    eps ~ N(0, I)
     alpha schedule shift            tau the decoder's latent noise
+
 In order: images, encoder, decoder, both together, files, what the training loops share.
 """
 
@@ -507,6 +508,11 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
 def keyed(device, *key):
     """A torch generator that is a function of its integer key."""
     return torch.Generator(device).manual_seed(int(keyed_numpy(*key).integers(2 ** 63)))
+
+
+def keyed_noise(keys, shape, device):
+    """Standard normal (len(keys), *shape), each row from its own key."""
+    return torch.stack([torch.randn(shape, generator=keyed(device, *key), device=device) for key in keys])
 
 
 def keyed_numpy(*key):

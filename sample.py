@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dit_dh import load_released, sample, shift_alpha, time_grid
 from fid import gathered
-from rae import (autocast, cli, fingerprint, keyed, load_rae, parse, positive, released_file, save_grid, say,
+from rae import (autocast, cli, fingerprint, keyed_noise, load_rae, parse, positive, released_file, save_grid, say,
                  start, to_uint8)
 
 PRESETS = {
@@ -43,8 +43,7 @@ def balanced_labels(classes, num):
 def generate(rae, model, labels, grid, seed, first=0, **guidance):
     """Images (B, 3, H, W) in [0, 1] of labels (B,), samples number first, first + 1, ... of a seed."""
     device = rae.mean.device
-    noise = torch.stack([torch.randn(rae.mean.shape, generator=keyed(device, seed, first + i), device=device)
-                         for i in range(len(labels))])                                # (B, N, C)
+    noise = keyed_noise([(seed, first + i) for i in range(len(labels))], rae.mean.shape, device)   # (B, N, C)
     z = sample(model, noise, torch.as_tensor(labels, device=device), grid, **guidance)   # (B, N, C)
     return rae.decode(z).clamp(0, 1)                                                  # (B, 3, H, W)
 

@@ -30,7 +30,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from fid import Moments, frechet_distance, load_inception
 from rae import (DECODERS, RAE, Batches, Decoder, Guard, Log, Stop, autocast, build_encoder, cli, keyed,
-                 keyed_numpy, latent_statistics, load_rae, load_released_decoder, load_strict, load_timm,
+                 keyed_noise, keyed_numpy, latent_statistics, load_rae, load_released_decoder, load_strict, load_timm,
                  loader, open_data, parse, positive, progress, psnr, read_file, read_images, released_file,
                  resume, save_checkpoint, save_grid, say, set_rate, settings_of, spread, start,
                  training_flags, update_ema)
@@ -230,9 +230,7 @@ def evaluate(rae, data, distance, inception, args):
         chosen = rows[first:first + args.batch_size]
         images = read_images(data, chosen, device)                                    # (B, 3, H, W)
         tokens = look(rae.encoder, images)                                            # (B, N, C)
-        noise = torch.stack([torch.randn(tokens.shape[1:], device=device,
-                                         generator=keyed(device, args.seed, first + i))
-                             for i in range(len(chosen))])
+        noise = keyed_noise([(args.seed, first + i) for i in range(len(chosen))], tokens.shape[1:], device)
         clean, noisy = (rae.draw(x).clamp(0, 1) for x in (tokens, tokens + args.eval_sigma * noise))
         for name, x in (("real", images), ("", clean), ("_noisy", noisy)):
             moments.setdefault(name, Moments()).add(features((x * 255).round())[0])

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fid
 from dit_dh import SIZES, DiTDH, draw_time, flow_loss, load_released, shift_alpha, shift_time, time_grid
-from rae import (Batches, Guard, Log, Stop, autocast, cli, keyed, keyed_numpy, load_rae, load_strict, loader,
+from rae import (Batches, Guard, Log, Stop, autocast, cli, keyed_noise, keyed_numpy, load_rae, load_strict, loader,
                  open_data, parse, positive, progress, psnr, read_images, released_file, resume,
                  save_checkpoint, save_grid, say, set_rate, settings_of, spread, start, training_flags,
                  update_ema)
@@ -65,9 +65,9 @@ def draws(args, device, step, rows, shape):
     kept or dropped, noise. Row batch_size is no row: its key serves the numbers drawn for all rows."""
     u = keyed_numpy(args.seed, step, args.batch_size).random((args.batch_size, 2), dtype=np.float32)
     u = torch.from_numpy(u[rows.start:rows.stop])                                     # (b, 2)
-    noise = [torch.randn(shape, generator=keyed(device, args.seed, step, row), device=device) for row in rows]
+    noise = keyed_noise([(args.seed, step, row) for row in rows], shape, device)      # (b, N, C)
     t, keep = draw_time(u[:, 0], args.time), u[:, 1] >= args.label_drop
-    return t.to(device), keep.to(device), torch.stack(noise)
+    return t.to(device), keep.to(device), noise
 
 
 def main():
