@@ -16,12 +16,13 @@ this file.
 """
 
 import math
-import pickle
+from functools import partial
 from statistics import mode
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # Table 13 of the paper: (width, depth, heads). The head of DiT^DH takes its width and heads from here, G by
 # default.
@@ -173,6 +174,7 @@ class DiTDH(nn.Module):
         self.blocks = nn.ModuleList([Block(width[0], heads[0]) for _ in range(depth[0])]
                                     + [Block(wide, last) for _ in range(depth[1])])
         self.final_layer = FinalLayer(wide, latent_dim)
+        self.checkpoint_activations = False            # True: blocks run again in the backward pass
         self.initialize()
 
     def initialize(self):
@@ -191,20 +193,22 @@ class DiTDH(nn.Module):
 
     def forward(self, x_t, t, y):
         """x_t (B, N, C), t (B,) in [0, 1] after the shift, y (B,) int -> velocity v (B, N, C)."""
+        blocks = [partial(checkpoint, block, use_reentrant=False) if self.checkpoint_activations else block
+                  for block in self.blocks]
         t = self.t_embedder(t)[:, None]                                               # (B, 1, D)
         c = t + self.y_embedder["embedding_table"](y)[:, None]                        # (B, 1, D)
         if not self.depth[1]:
             x = self.x_embedder["proj"](x_t).float() + self.pos_embed                 # (B, N, D)
-            for block in self.blocks:
+            for block in blocks:
                 x = block(x, c, self.feat_rope)                                       # (B, N, D)
             return self.final_layer(x, c)                                             # (B, N, C)
         c = F.silu(c)                                  # residual streams stay float32 under autocast
         s = self.s_embedder["proj"](x_t).float() + self.pos_embed                     # (B, N, D)
-        for block in self.blocks[:self.depth[0]]:
+        for block in blocks[:self.depth[0]]:
             s = block(s, c, self.enc_feat_rope)                                       # (B, N, D)
         s = self.s_projector(F.silu(s + t))                                           # (B, N, D_head)
         x = self.x_embedder["proj"](x_t).float()                                # (B, N, D_head), no positions
-        for block in self.blocks[self.depth[0]:]:
+        for block in blocks[self.depth[0]:]:
             x = block(x, s, self.dec_feat_rope)                                       # (B, N, D_head)
         return self.final_layer(x, s)                                                 # (B, N, C)
 
@@ -279,16 +283,16 @@ def sample(model, noise, y, grid, cfg=1.0, guide=None, scale=1.0, interval=(0.0,
 # A model file is a plain state dict in the released names, as model.state_dict() is here, or a checkpoint
 # that nests one under "ema".
 
-def load_released(state_dict_or_path, heads=None, head_depth=2):
+def load_released(state_dict_or_path, heads=None, head_depth=2, where="state dict"):
     """DiTDH or plain DiT from a state dict, a released file or a checkpoint of ours (its EMA).
 
     Sizes are read from the shapes, heads from the RoPE tables; where those are missing, heads (a pair, or one
     number for both) must be given unless the widths are known. Where both widths are equal the shapes do not
     tell the head's depth: it is the checkpoint's or head_depth. What else a checkpoint of ours holds is in
-    the result's `about`. ValueError names a missing, unexpected or misshapen tensor."""
-    file, where = state_dict_or_path, "state dict"
+    the result's `about`. ValueError names a missing, unexpected or misshapen tensor, and `where` it is."""
+    file = state_dict_or_path
     if not isinstance(file, dict):
-        file, where = read_file(file), str(file)
+        file, where = torch.load(file, map_location="cpu", weights_only=True), str(file)
     state = file.get("ema", file)
     if "decoder_embed.weight" in state:
         raise ValueError(f"{where}: this is an RAE decoder, not a diffusion model; pass it as --decoder")
@@ -337,18 +341,3 @@ def load_released(state_dict_or_path, heads=None, head_depth=2):
     model.about = {k: v for k, v in file.items()
                    if k not in ("ema", "model", "optimizer")} if "ema" in file else {}
     return model.eval()
-
-
-def read_file(path):
-    """Tensors and plain values of a file; code in a pickle is refused, never run."""
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path}: holds more than tensors and is refused, since it could run code") from None
-    except Exception as e:                             # torch raises half a dozen kinds for a broken file
-        raise ValueError(f"{path}: cannot be read, truncated? ({type(e).__name__})") from None
-    if not isinstance(file, dict):
-        raise ValueError(f"{path}: holds a {type(file).__name__}, not named tensors")
-    return file

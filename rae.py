@@ -21,6 +21,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from functools import cached_property
 from pathlib import Path
 from statistics import mode
@@ -31,6 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -87,13 +89,19 @@ class ImageFolder:
     def __len__(self):
         return len(self.files)
 
-    def load(self, index, rng):
+    def load(self, index, rng, flip=False):
+        """(3, H, W) uint8."""
         try:
             image = Image.open(self.files[index]).convert("RGB")
         except Exception as e:                         # PIL raises half a dozen kinds for broken files
             raise ValueError(f"{self.files[index]}: not readable as an image ({e}); remove it") from None
         image = crop(shrink(image, self.short or self.size), self.size, rng if self.short else None)
-        return np.asarray(image).transpose(2, 0, 1)                                   # (3, H, W) uint8
+        return np.asarray(image).transpose(2, 0, 1)[:, :, ::-1 if flip else 1]
+
+    def fingerprint(self):
+        """Hash of the files' names, sizes and times of change, and of the crop; pixels are not read."""
+        about = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files], self.size, self.short
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
 def spread(data, n):
@@ -107,7 +115,7 @@ def read_images(data, indices, device):
 
 
 def open_data(data, size, split="train", short=None):
-    """--data as a data set, with classes, labels and load(index, rng) -> (3, H, W) uint8."""
+    """--data as a data set, with classes, labels, fingerprint() and load(index, rng, flip)."""
     if data == "toy":
         from assets.toy_world import ToyShapes
         return ToyShapes(split, size)
@@ -285,12 +293,13 @@ class Decoder(nn.Module):
         self.decoder_layers = nn.ModuleList([DecoderBlock(width, heads, mlp_dim) for _ in range(depth)])
         self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
         self.decoder_pred = nn.Linear(width, patch_size ** 2 * 3)
+        self.checkpoint_activations = False            # True: blocks run again in the backward pass
 
     def forward(self, tokens):
         cls = self.trainable_cls_token.expand(len(tokens), -1, -1)
         x = torch.cat([cls, self.decoder_embed(tokens).float()], 1) + self.decoder_pos_embed
         for layer in self.decoder_layers:
-            x = layer(x)                                                              # (B, 1 + N, D)
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpoint_activations else layer(x)
         x = self.decoder_pred(self.decoder_norm(x))[:, 1:].float()                    # (B, N, p p 3)
         x = x.view(-1, self.grid, self.grid, self.patch_size, self.patch_size, 3)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                   # (B, 3, H, W)
@@ -345,7 +354,11 @@ class RAE(nn.Module):
 
     def encode(self, images):
         """Images (B, 3, H, W) in [0, 1] -> normalised latents z (B, N, C)."""
-        return (self.noised(self.encoder(images).float()) - self.mean) / self.std
+        return self.normalise(self.noised(self.encoder(images).float()))
+
+    def normalise(self, tokens):
+        """Raw tokens (B, N, C) -> latents z (B, N, C) of mean 0 and variance 1."""
+        return (tokens - self.mean) / self.std
 
     def draw(self, tokens):
         """Raw tokens (B, N, C) -> images (B, 3, H, W), about [0, 1], not clamped."""
@@ -356,22 +369,29 @@ class RAE(nn.Module):
         return self.draw(z * self.std + self.mean)
 
 
+def encoded(encoder, data, batch_size, device, rank=0, world=1):
+    """Raw tokens of all centre crops of a data set, as they are and flipped: (indices (b,), flip, (b, N, C)),
+    this process's share."""
+    mine = range(rank, len(data), world)
+    for start in progress(range(0, len(mine), batch_size), batch_size):
+        chosen = mine[start:start + batch_size]
+        images = read_images(data, chosen, device)                                    # (b, 3, H, W)
+        for flip in (0, 1):
+            yield chosen, flip, encoder(images.flip(-1) if flip else images).float()
+
+
 def latent_statistics(encoder, data, batch_size, device, rank=0, world=1):
     """Exact mean and population variance (C, h, w) of the tokens of a data set, centre crops in both flips.
 
     One pass in float64. The released running average depends on the order and is wrong on small sets."""
     sums = torch.zeros(2, encoder.grid ** 2, encoder.dim, dtype=torch.float64)
-    mine = range(rank, len(data), world)
-    for start in progress(range(0, len(mine), batch_size), batch_size):
-        images = read_images(data, mine[start:start + batch_size], device)            # (B, 3, H, W)
-        for x in (images, images.flip(-1)):
-            tokens = encoder(x).cpu().double()                                        # (B, N, C)
-            sums += torch.stack([tokens.sum(0), tokens.square().sum(0)])
+    for *_, tokens in encoded(encoder, data, batch_size, device, rank, world):
+        tokens = tokens.cpu().double()                                                # (b, N, C)
+        sums += torch.stack([tokens.sum(0), tokens.square().sum(0)])
+    parts = [sums] * world
     if world > 1:
-        sums = sums.to(device)
-        dist.all_reduce(sums)
-        sums = sums.cpu()
-    mean, square = sums / (2 * len(data))
+        dist.all_gather_object(parts, sums)
+    mean, square = sum(parts) / (2 * len(data))
     var = (square - mean ** 2).clamp(min=0)
     return [s.T.unflatten(1, (encoder.grid, encoder.grid)).float() for s in (mean, var)]
 
@@ -505,8 +525,14 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
 # Every random draw is a function of (seed, step, position in the global batch) and the data order of (seed,
 # epoch): nothing random is stored, a resumed run is exact, and one process and eight do the same run.
 
+def keyed_numpy(*key):
+    """A numpy generator that is a function of its integer key. The length goes first: to numpy (a, b) and
+    (a, b, 0) are one seed."""
+    return np.random.default_rng((len(key), *key))
+
+
 def keyed(device, *key):
-    """A torch generator that is a function of its integer key."""
+    """A torch generator likewise."""
     return torch.Generator(device).manual_seed(int(keyed_numpy(*key).integers(2 ** 63)))
 
 
@@ -515,19 +541,18 @@ def keyed_noise(keys, shape, device):
     return torch.stack([torch.randn(shape, generator=keyed(device, *key), device=device) for key in keys])
 
 
-def keyed_numpy(*key):
-    """A numpy generator likewise. numpy takes (a, b) and (a, b, 0) for one seed, so the length goes first."""
-    return np.random.default_rng((len(key), *key))
-
-
 class Batches(torch.utils.data.Dataset):
-    """Item s is this process's share of step s: images (b, 3, H, W) uint8 and labels (b,)."""
+    """Item s is this process's share of step s: images (b, 3, H, W) uint8 and labels (b,).
 
-    def __init__(self, data, batch_size, seed, flip, rank, world):
+    rows are the share's positions in the global batch, parts its micro-batches of up to `micro` images."""
+
+    def __init__(self, data, batch_size, seed, flip, rank, world, micro=None):
         if batch_size % world:
             raise ValueError(f"--batch-size {batch_size} (global) cannot be split over {world} processes")
         self.data, self.batch_size, self.seed, self.flip = data, batch_size, seed, flip
-        self.rows = range(rank * batch_size // world, (rank + 1) * batch_size // world)
+        share = batch_size // world
+        self.rows = range(rank * share, (rank + 1) * share)
+        self.parts = [slice(i, min(i + (micro or share), share)) for i in range(0, share, micro or share)]
         self.epoch, self.order = None, None
 
     def index(self, position):
@@ -541,8 +566,7 @@ class Batches(torch.utils.data.Dataset):
         indices, images = [self.index(step * self.batch_size + row) for row in self.rows], []
         for index, row in zip(indices, self.rows):
             rng = keyed_numpy(self.seed, step, row)
-            image = self.data.load(index, rng)
-            images.append(image[:, :, ::-1] if self.flip and rng.random() < 0.5 else image)
+            images.append(self.data.load(index, rng, self.flip and rng.random() < 0.5))
         return torch.from_numpy(np.stack(images)), torch.from_numpy(self.data.labels[indices])
 
 
@@ -550,7 +574,8 @@ def loader(batches, first, args):
     """Iterator over the steps from `first` on, read ahead by --workers processes."""
     return iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(first, args.steps), num_workers=args.workers,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_interrupts))
+        prefetch_factor=4 if args.workers else None, pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_interrupts))
 
 
 def ignore_interrupts(worker):
@@ -565,22 +590,24 @@ def positive(text):
     return int(text)
 
 
-def training_flags(parser):
+def training_flags(p):
     """What both loops are asked."""
-    for flag, kind, text in (
-            ("--data", str, "toy, or a folder of images (its folders are the classes)"),
-            ("--encoder-weights", str, "local file of the encoder's weights, timm's names"),
-            ("--init", str, "start from these weights: a checkpoint or released:NAME"),
-            ("--steps", positive, "optimiser steps"),
-            ("--batch-size", positive,
-             "images a step, over all processes (paper: decoder 512, diffusion 1024)"),
-            ("--lr", float, "peak learning rate (paper: 2e-4)"),
-            ("--lr-end", float, "learning rate at the end (paper: 2e-5)"),
-            ("--ema", float, "decay of the averaged weights (paper: decoder 0.9978, diffusion 0.9995)"),
-            ("--log-every", positive, "steps between lines of the log"),
-            ("--save-every", positive, "steps between checkpoints"),
-            ("--workers", int, "processes that read images")):
-        parser.add_argument(flag, type=kind, help=text)
+    p.add_argument("--data", help="toy, or a folder of images (its folders are the classes)")
+    p.add_argument("--encoder-weights", help="local file of the encoder's weights, timm's names")
+    p.add_argument("--init", help="start from these weights: a checkpoint or released:NAME")
+    p.add_argument("--resume", choices=["auto", "never"], default="auto",
+                   help="auto: go on with the run in --out")
+    p.add_argument("--steps", type=positive, help="optimiser steps")
+    p.add_argument("--batch-size", type=positive, help="images a step, over all processes (paper: 512, 1024)")
+    p.add_argument("--micro-batch", type=positive, help="images at once in a process; unset: its whole share")
+    p.add_argument("--lr", type=float, help="peak learning rate (paper: 2e-4)")
+    p.add_argument("--lr-end", type=float, help="learning rate at the end (paper: 2e-5)")
+    p.add_argument("--ema", type=float, help="decay of the averaged weights (paper: 0.9978, 0.9995)")
+    p.add_argument("--compile", action="store_true", help="compile the trained model")
+    p.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more time")
+    p.add_argument("--log-every", type=positive, help="steps between lines of the log")
+    p.add_argument("--save-every", type=positive, help="steps between checkpoints")
+    p.add_argument("--workers", type=int, help="processes that read images")
 
 
 def parse(parser, presets):
@@ -596,16 +623,11 @@ def parse(parser, presets):
     return parser.parse_args()
 
 
-def settings_of(args):
-    """The arguments that make a run what it is; a checkpoint holds them, and only their like continues it."""
-    free = {"out", "device", "workers", "eval_every", "eval_num", "eval_sigma", "fid_every", "fid_num",
-            "fid_reference", "inception", "log_every", "sample_every", "save_every"}
-    return {k: v for k, v in vars(args).items() if k not in free}
-
-
 def start(args):
-    """(device, rank, world) of this process, alone or under torchrun, after saying what was chosen."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(device, rank, world) of this process, after saying what was chosen.
+
+    One path: under torchrun the group is torchrun's, alone it is a group of one, which needs no port."""
+    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     kind = args.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -614,14 +636,16 @@ def start(args):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device {kind}: not on this machine; use --device auto") from None
-    if device.type == "cuda":
+    if args.precision == "auto":
+        args.precision = "bf16" if kind == "cuda" else "fp32"
+    tf32 = args.precision == "bf16"                    # fp32 means float32, so TF32 is off there
+    if kind == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)    # gave NaN in bf16 under torch 2.13
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if args.precision == "auto":
-        args.precision = "bf16" if device.type == "cuda" else "fp32"
-    say(f"{device} x {world}, {args.precision}")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", **alone)
+    say(f"{device} x {world}, {args.precision}" + f", TF32 {'on' if tf32 else 'off'}" * (kind == "cuda"))
     return device, rank, world
 
 
@@ -650,13 +674,16 @@ def cli(main):
         sys.exit(f"error: {str(e).strip().splitlines()[-1].removeprefix('ValueError: ')}")
     except KeyboardInterrupt:
         sys.exit("stopped")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class Stop:
     """SIGTERM or SIGINT came: a loop saves before it ends. A second signal ends it at once."""
 
-    def __init__(self):
-        self.now = False
+    def __init__(self, device):
+        self.now, self.device = False, device
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.catch)
 
@@ -664,18 +691,50 @@ class Stop:
         self.now = True
         signal.signal(number, signal.SIG_DFL)
 
-    def agreed(self, world):
+    def agreed(self):
         """Whether any process was told to stop, so that all leave the loop at the same step."""
-        if world > 1:
-            now = torch.tensor(float(self.now), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-            dist.all_reduce(now)
-            self.now = bool(now)
-        return self.now
+        now = torch.tensor(float(self.now), device=self.device)
+        average([now])
+        return bool(now)
 
 
-def set_rate(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def average(tensors):
+    """Replace each by its mean over the processes, in one call.
+
+    This is all of data parallelism here. DDP would overlap it with the backward pass, and hide how often
+    gradients are summed, and when."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        flat = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(flat)
+        for x, mean in zip(tensors, (flat / dist.get_world_size()).split([x.numel() for x in tensors])):
+            x.copy_(mean.view_as(x))
+
+
+class Optimizer(torch.optim.AdamW):
+    """AdamW as both stages have it, without weight decay; steps only on finite gradients.
+
+    Other steps are skipped and counted, and five in a row end the run. Gradients are averaged over processes
+    first, so that all of them skip or stop together."""
+
+    def __init__(self, model, betas=(0.9, 0.95)):
+        super().__init__(model.parameters(), betas=betas, weight_decay=0.0, fused=True)
+        self.skipped = self.in_a_row = 0
+
+    def update(self, lr, clip=0.0):
+        """A step at this rate, after which no gradients are left: (their norm, whether it was taken)."""
+        group, = self.param_groups
+        average([p.grad for p in group["params"]])
+        norm = nn.utils.clip_grad_norm_(group["params"], clip or math.inf)
+        fine = bool(norm.isfinite())
+        if fine:
+            group["lr"] = lr
+            self.step()
+        self.zero_grad(set_to_none=True)
+        self.skipped, self.in_a_row = self.skipped + (not fine), 0 if fine else self.in_a_row + 1
+        if self.in_a_row == 5:
+            raise ValueError("the loss was not finite for 5 steps in a row; the last checkpoint is kept: go "
+                             "on from it with --init and another --out, a lower --lr or --precision fp32")
+        return norm, fine
 
 
 def update_ema(ema, model, decay, step):
@@ -685,76 +744,105 @@ def update_ema(ema, model, decay, step):
         e.data.lerp_(p.data, 1 - d)
 
 
-class Guard:
-    """Only finite gradients become a step: the others are counted, and five in a row end the run.
+def save_checkpoint(out, parts, **about):
+    """Write out/checkpoint.pt by a temporary file, sync and rename: kills and full disks leave a whole one.
 
-    Gradients are summed over processes before it looks, so that all of them skip or stop together."""
-
-    def __init__(self):
-        self.skipped = self.row = 0
-
-    def __call__(self, norm):
-        fine = bool(norm.isfinite())
-        self.row = 0 if fine else self.row + 1
-        self.skipped += not fine
-        if self.row == 5:
-            raise ValueError("the loss was not finite for 5 steps in a row; the last checkpoint is kept: go "
-                             "on from it with --init and another --out, a lower --lr or --precision fp32")
-        return fine
-
-
-def save_checkpoint(out, file):
-    """Write out/checkpoint.pt by a temporary file, sync and rename: a kill leaves a whole one."""
-    path, new = Path(out) / "checkpoint.pt", Path(out) / "checkpoint.tmp"
-    with open(new, "wb") as f:
-        torch.save(file, f)
-        f.flush()
-        os.fsync(f.fileno())
+    parts: what has a state_dict, by name. The checkpoint before becomes previous.pt."""
+    path, new = Path(out, "checkpoint.pt"), Path(out, "checkpoint.tmp")
+    try:
+        with open(new, "wb") as f:
+            torch.save(about | {name: part.state_dict() for name, part in parts.items()}, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:               # torch's writer turns a full disk into the latter
+        new.unlink(missing_ok=True)
+        raise ValueError(f"{out}: step {about['step']} cannot be saved ({str(e).splitlines()[0]}); the "
+                         "checkpoint before is kept: make room, and the same command goes on") from None
     if path.exists():
-        os.replace(path, Path(out) / "previous.pt")
+        os.replace(path, Path(out, "previous.pt"))
     os.replace(new, path)
 
 
-def resume(out, kind, settings):
-    """The newest whole checkpoint of this very run in `out`, or None if the folder is new.
+def resume(args, kind):
+    """(The newest whole checkpoint of this very run in --out or {}, the settings that make it this run).
 
-    ValueError if the folder holds something else or a run with other settings (the differences are named)."""
-    out, file = Path(out), None
+    ValueError if the folder holds something else, or a run with other settings, whose differences it names."""
+    free = ("out", "resume", "device", "workers", "micro_batch", "compile", "checkpoint_activations",
+            "eval_every", "eval_num", "eval_sigma", "fid_every", "fid_num", "fid_reference", "inception",
+            "log_every", "sample_every", "save_every")
+    settings = {k: v for k, v in vars(args).items() if k not in free}
+    out, run = Path(args.out), {}
     paths = [path for path in (out / "checkpoint.pt", out / "previous.pt") if path.exists()]
+    if paths and args.resume == "never":
+        raise ValueError(f"{out}: holds a run, and --resume never; remove it or pass another --out")
     for path in paths:
         try:
-            file = read_file(path)
-            break
+            run = run or read_file(path)
         except ValueError as e:
             say(f"{e}; trying the one before")
-    if file is None:
-        early = {"log.jsonl", "pairs.png", "eval.png", "checkpoint.tmp"}  # a run that was killed at its start
-        if paths or out.exists() and {f.name for f in out.iterdir()} - early:
-            raise ValueError(f"{out}: not empty, without a whole checkpoint of ours; pass another --out")
-        return None
-    if file.get("kind") != kind:
-        raise ValueError(f"{out}: holds a {file.get('kind')} run, not a {kind} run; pass another --out")
-    other = [f"{k} {file['settings'].get(k)} there, {v} here" for k, v in settings.items()
-             if file["settings"].get(k) != v]
+    early = {"log.jsonl", "log.tmp", "pairs.png", "eval.png", "checkpoint.tmp"}    # of a run killed at its start
+    if not run and (paths or out.exists() and {f.name for f in out.iterdir()} - early):
+        raise ValueError(f"{out}: not empty, without a whole checkpoint of ours; pass another --out")
+    if run and run.get("kind") != kind:
+        raise ValueError(f"{out}: holds a {run.get('kind')} run, not a {kind} run; pass another --out")
+    other = [f"{k} {run['settings'].get(k)} there, {v} here" for k, v in settings.items()
+             if run and run["settings"].get(k) != v]
     if other:
         raise ValueError(f"{out}: holds a run with other settings ({'; '.join(other)}); pass another --out")
-    say(f"{out}: continuing at step {file['step']}")
-    return file
+    steps = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, run.get("step"))
+    if len(set(steps)) > 1:
+        raise ValueError(f"{out}: not the same on all nodes (steps {steps}); --out must be a shared folder")
+    if run and run["step"] < args.steps:
+        say(f"{out}: continuing at step {run['step']}")
+    return run, settings
+
+
+def restore(parts, run):
+    """Give the parts their state in a checkpoint of `resume`, which lets go of it: the step to go on from."""
+    for name, part in parts.items() if run else ():
+        part.load_state_dict(run.pop(name))
+    return run.get("step", 0)
 
 
 class Log:
-    """out/log.jsonl, a JSON object a line, also printed; a resumed run drops what it will repeat."""
+    """out/log.jsonl, a JSON object a line, also printed; a resumed run drops what it will repeat.
 
-    def __init__(self, out, first):
-        self.path = Path(out) / "log.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        old = self.path.read_text().splitlines() if first else []
-        self.path.write_text("".join(f"{line}\n" for line in old if json.loads(line)["step"] <= first))
+    Between two lines the steps add what they measure to `sums` (n,), and the wait for data is counted."""
+
+    def __init__(self, out, first, n=0, device="cpu"):
+        self.path, self.since, self.sums = Path(out, "log.jsonl"), first, torch.zeros(n, device=device)
+        self.began, self.waited = time.time(), 0
+        if int(os.environ.get("RANK", 0)) == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            old = self.path.read_text().splitlines() if first and self.path.exists() else []
+            new = self.path.with_suffix(".tmp")
+            new.write_text("".join(f"{line}\n" for line in old
+                                   if line.endswith("}") and json.loads(line)["step"] <= first))
+            os.replace(new, self.path)
+
+    def next(self, stream):
+        """The stream's next batch; counts the wait."""
+        began = time.time()
+        batch = next(stream)
+        self.waited += time.time() - began
+        return batch
+
+    def means(self, step, args):
+        """(The sums since the last line over steps and processes, what a line says of the pace)."""
+        average([self.sums])
+        means, seconds = self.sums / (step - self.since), time.time() - self.began
+        rate = (step - self.since) * args.batch_size / seconds
+        pace = dict(images_per_s=rate, waiting=self.waited / seconds,
+                    minutes_left=(args.steps - step) * args.batch_size / rate / 60)
+        self.since, self.sums, self.began, self.waited = step, torch.zeros_like(self.sums), time.time(), 0
+        return means, pace
 
     def __call__(self, **numbers):
-        with open(self.path, "a") as f:
-            f.write(json.dumps(numbers) + "\n")
-        tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if not isinstance(v, list)))
+        if int(os.environ.get("RANK", 0)) == 0:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(numbers) + "\n")
+            tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if not isinstance(v, list)))
 
 
 def save_grid(images, path, columns):

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from dit_dh import load_released, sample, shift_alpha, time_grid
 from fid import gathered
-from rae import (autocast, cli, fingerprint, keyed_noise, load_rae, parse, positive, released_file, save_grid, say,
-                 start, to_uint8)
+from rae import (autocast, cli, fingerprint, keyed_noise, load_rae, parse, positive, read_file, released_file,
+                 save_grid, say, start, to_uint8)
 
 PRESETS = {
     "toy": dict(ckpt="out/diffusion/checkpoint.pt", num=500, cfg=1.5, batch_size=250),
@@ -68,6 +68,11 @@ class Samples:
             yield first, to_uint8(images).cpu()
 
 
+def load_model(name):
+    """Model of a checkpoint, a released file or released:NAME; ValueError names what is wrong with it."""
+    return load_released(read_file(released_file(name)), where=name)
+
+
 def check_fit(name, model, rae):
     """ValueError unless the model was made for this latent space."""
     if (model.latent_dim, model.grid) != (rae.encoder.dim, rae.encoder.grid):
@@ -104,7 +109,7 @@ def main():
         raise ValueError(f"{args.ckpt}: no such file; run train_diffusion.py first, or pass --ckpt")
     device, rank, world = start(args)
 
-    model = load_released(released_file(args.ckpt)).to(device)
+    model = load_model(args.ckpt).to(device)
     settings = model.about.get("settings", {})
     files = {k: getattr(args, k) or settings.get(k)
              for k in ("decoder", "encoder", "encoder_weights", "stats")}
@@ -116,7 +121,7 @@ def main():
     check_fit(args.ckpt, model, rae)
     guidance = dict(cfg=args.cfg, interval=args.interval)
     if args.guide:
-        guide = load_released(released_file(args.guide)).to(device)
+        guide = load_model(args.guide).to(device)
         check_fit(args.guide, guide, rae)
         if guide.num_classes != model.num_classes:
             raise ValueError(f"{args.guide}: has {guide.num_classes} classes, the model {model.num_classes}")

@@ -17,22 +17,19 @@ import copy
 import hashlib
 import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 
 from fid import Moments, frechet_distance, load_inception
-from rae import (DECODERS, RAE, Batches, Decoder, Guard, Log, Stop, autocast, build_encoder, cli, keyed,
-                 keyed_noise, keyed_numpy, latent_statistics, load_rae, load_released_decoder, load_strict, load_timm,
-                 loader, open_data, parse, positive, progress, psnr, read_file, read_images, released_file,
-                 resume, save_checkpoint, save_grid, say, set_rate, settings_of, spread, start,
+from rae import (DECODERS, RAE, Batches, Decoder, Log, Optimizer, Stop, autocast, average, build_encoder, cli,
+                 keyed, keyed_noise, keyed_numpy, latent_statistics, load_rae, load_released_decoder,
+                 load_strict, load_timm, loader, open_data, parse, positive, progress, psnr, read_file,
+                 read_images, released_file, restore, resume, save_checkpoint, save_grid, say, spread, start,
                  training_flags, update_ema)
 
 # ImageNet: 2,502 steps an epoch of 1,281,167 images, 16 epochs (Table 12; as released where they differ).
@@ -184,17 +181,10 @@ def hinge(logits):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
-def adaptive_weight(output, weight, of_reconstruction, of_gan):
-    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6) at the last layer's weight, within [0, 1e4].
-
-    The two gradients come in at the output. All processes get the lambda of the global batch."""
-    grads = torch.stack([torch.autograd.grad(output, weight, g, retain_graph=True)[0]
-                         for g in (of_reconstruction, of_gan)])
-    if dist.is_initialized():
-        dist.all_reduce(grads)
-        grads /= dist.get_world_size()
-    reconstruction, gan = grads.flatten(1).norm(dim=1)
-    return (reconstruction / (gan + 1e-6)).clamp(0, 1e4)
+def adaptive_weight(of_reconstruction, of_gan):
+    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6), within [0, 1e4], of both losses' gradients at the
+    last layer's weight, over the global batch (as released; the paper's are at the image)."""
+    return (of_reconstruction.norm() / (of_gan.norm() + 1e-6)).clamp(0, 1e4)
 
 
 # -------------------------------------------------------------------------------------------------- the score
@@ -290,7 +280,6 @@ def main():
     p.add_argument("--out", default="out/decoder", help="folder of the run")
     p.add_argument("--eval-every", type=positive, help="steps between evaluations")
     args = parse(p, PRESETS)
-    settings = settings_of(args)
     if args.resize and args.resize < args.image_size:
         raise ValueError(f"--resize {args.resize} is below --image-size {args.image_size}")
     if args.image_size % args.upsample:
@@ -301,8 +290,8 @@ def main():
         if not args.ckpt:
             raise ValueError("--eval-only wants a decoder: pass --ckpt")
         return judge(args, inception, device)
-    run = resume(args.out, "decoder", settings)
-    if run and run["step"] == args.steps:
+    run, settings = resume(args, "decoder")
+    if run.get("step") == args.steps:
         return say(f"{args.out}: finished already; its decoder is {args.out}/checkpoint.pt")
 
     # Images, frozen encoder, statistics of its latents (one exact pass), decoder, its average, critics.
@@ -315,7 +304,8 @@ def main():
         mean, var = run["mean"], run["var"]
     else:
         say(f"latent statistics of {len(data)} images, both flips")
-        mean, var = latent_statistics(encoder, centred, args.batch_size // world, device, rank, world)
+        micro = args.micro_batch or args.batch_size // world
+        mean, var = latent_statistics(encoder, centred, micro, device, rank, world)
     torch.manual_seed(args.seed)
     width, depth, heads, mlp_dim = DECODERS[args.size]
     patch = args.image_size // encoder.grid
@@ -332,93 +322,92 @@ def main():
         seer = build_encoder("dino-s8", 224, args.dino_weights, "--dino-weights").to(device)
     taps = VitTaps(seer)
     discriminator = Discriminator(taps.width, len(taps.blocks) + 1).to(device)
-    adam = dict(betas=args.betas, weight_decay=0.0, fused=True)
-    optimizer, optimizer_d = (torch.optim.AdamW(m.parameters(), **adam) for m in (decoder, discriminator))
+    optimizer, optimizer_d = Optimizer(decoder, args.betas), Optimizer(discriminator, args.betas)
     parts = dict(ema=ema, model=decoder, optimizer=optimizer, discriminator=discriminator,
                  optimizer_d=optimizer_d)
-    first = run["step"] if run else 0
-    for name, part in parts.items() if run else ():
-        part.load_state_dict(run[name])
-    del run                                            # its tensors are copied by now
-    parallel, parallel_d = (DistributedDataParallel(m) if world > 1 else m for m in (decoder, discriminator))
+    first = restore(parts, run)
+    decoder.checkpoint_activations = args.checkpoint_activations
+    for layer in decoder.decoder_layers if args.compile else ():
+        layer.compile()                                # in place, names stay; the last layer's graph is walked
     say(f"{args.encoder}: {encoder.grid ** 2} tokens x {encoder.dim}; decoder {args.size}, "
         f"{sum(x.numel() for x in decoder.parameters()) / 1e6:.1f}M parameters, {len(data)} images")
 
     start_p, start_d, start_g = (round(share * args.steps) for share in args.starts)
-    batches = Batches(data, args.batch_size, args.seed, False, rank, world)
-    stream = loader(batches, first, args)
-    log, stop, guard, guard_d = Log(args.out, first) if rank == 0 else None, Stop(), Guard(), Guard()
+    batches = Batches(data, args.batch_size, args.seed, False, rank, world, args.micro_batch)
+    stream, stop = loader(batches, first, args), Stop(device)
     names = ("l1", "perceptual", "gan", "d_loss", "gan_weight")
-    totals = torch.zeros(len(names), device=device)
-    since, began = first, time.time()
+    log = Log(args.out, first, len(names), device)
     for step in progress(range(first, args.steps + 1), args.batch_size):
-        last = step == args.steps or stop.agreed(world)
-        if step > since and (step % args.log_every == 0 or last):
-            if world > 1:
-                dist.all_reduce(totals)
-            rate = (step - since) * args.batch_size / (time.time() - began)
-            if rank == 0:
-                log(step=step, lr=optimizer.param_groups[0]["lr"], images_per_s=rate,
-                    skipped=guard.skipped + guard_d.skipped,
-                    **dict(zip(names, (totals / (step - since) / world).tolist())))
-            totals.zero_()
-            since, began = step, time.time()
+        last = step == args.steps or stop.agreed()
+        if step > log.since and (step % args.log_every == 0 or last):
+            means, pace = log.means(step, args)
+            log(step=step, **dict(zip(names, means.tolist())), lr=optimizer.param_groups[0]["lr"],
+                skipped=optimizer.skipped + optimizer_d.skipped, **pace)
         if rank == 0 and step > first and (step % args.eval_every == 0 or last):
             numbers, grid = evaluate(averaged, val, perceptual if published else None, inception, args)
             log(step=step, **numbers)
             save_grid(grid, f"{args.out}/grid_{step:06d}.png", columns=len(grid) // 3)
         if rank == 0 and (step > first or not first) and (step % args.save_every == 0 or last):
-            save_checkpoint(args.out, dict(
-                kind="decoder", step=step, settings=settings, config=decoder.config, encoder=args.encoder,
-                encoder_hash=encoder.fingerprint, image_size=size, mean=mean, var=var)
-                | {name: part.state_dict() for name, part in parts.items()})
+            save_checkpoint(args.out, parts, kind="decoder", step=step, settings=settings, image_size=size,
+                            config=decoder.config, encoder=args.encoder, encoder_hash=encoder.fingerprint,
+                            mean=mean, var=var)
         if last:
             break
 
-        # The decoder's step. Each critic is walked back once, to the image; lambda and the rest start there.
-        set_rate(optimizer, learning_rate(step, args.steps, args))
-        images = next(stream)[0].to(device, non_blocking=True).float() / 255          # (B, 3, H, W)
+        # Each critic is walked back once, to the reconstruction; from there on both losses go together.
+        images = log.next(stream)[0].to(device, non_blocking=True).float() / 255      # (b, 3, H, W)
         u = keyed_numpy(args.seed, step, args.batch_size).random((args.batch_size, 3, 5), dtype=np.float32)
         u = torch.from_numpy(u[batches.rows.start:batches.rows.stop])                 # (b, 3, 5) for DiffAug
         rae.train()
-        with autocast(device, args):
-            tokens = look(encoder, images)                                            # (B, N, C)
-            noised = rae.noised(tokens, [keyed(device, args.seed, step, row) for row in batches.rows])
-            output = parallel(noised) * encoder.std + encoder.mean                    # (B, 3, H, W)
-        l1 = (output - images).abs().mean()
-        gan = gan_weight = distance = d_loss = torch.zeros((), device=device)
-        if args.perceptual and step >= start_p:
-            distance = perceptual(output, images).mean()
-        gradient, = torch.autograd.grad(l1 + args.perceptual * distance, output)
-        if args.gan and step >= start_g:
-            discriminator.eval()
+        discriminator.eval()
+        gan_on, work = args.gan > 0 and step >= start_g, []
+        at_last = torch.zeros(2, *decoder.decoder_pred.weight.shape, device=device)   # both losses' gradients
+        losses = torch.zeros(len(names), device=device)
+        for part in batches.parts:
+            share, keys = len(u[part]) / len(u), [(args.seed, step, row) for row in batches.rows[part]]
             with autocast(device, args):
-                gan = -discriminator(taps(diffaug(2 * output - 1, u[:, 0]) / 2 + 0.5)).mean()
-            of_gan, = torch.autograd.grad(gan, output)
-            gan_weight = args.gan * adaptive_weight(output, decoder.decoder_pred.weight, gradient, of_gan)
-            gradient = gradient + gan_weight * of_gan
-        optimizer.zero_grad(set_to_none=True)
-        output.backward(gradient)
-        if guard(nn.utils.clip_grad_norm_(decoder.parameters(), math.inf)):
-            optimizer.step()
+                tokens = look(encoder, images[part])                                  # (B, N, C)
+                noised = rae.noised(tokens, [keyed(device, *key) for key in keys])
+                output = rae.draw(noised)                                             # (B, 3, H, W)
+            l1, distance, gan = (output - images[part]).abs().mean(), torch.zeros(()), torch.zeros(())
+            if args.perceptual and step >= start_p:
+                distance = perceptual(output, images[part]).mean()
+            gradients = torch.autograd.grad(l1 + args.perceptual * distance, output)
+            if gan_on:
+                with autocast(device, args):
+                    gan = -discriminator(taps(diffaug(2 * output - 1, u[part, 0]) / 2 + 0.5)).mean()
+                gradients += torch.autograd.grad(gan, output)
+                at_last += share * torch.stack([torch.autograd.grad(
+                    output, decoder.decoder_pred.weight, g, retain_graph=True)[0] for g in gradients])
+            losses[:3] += share * torch.stack([x.detach().to(device) for x in (l1, distance, gan)])
+            work.append((part, share, tokens, noised, gradients, output if share == 1 else None))
+        if gan_on:
+            average([at_last])
+            losses[4] = args.gan * adaptive_weight(*at_last)
+
+        # The decoder's step. A lone part still has its graph; several are decoded again, one at a time.
+        for _, share, _, noised, gradients, output in work:
+            if output is None:
+                with autocast(device, args):
+                    output = rae.draw(noised)
+            output.backward(share * (gradients[0] + losses[4] * gradients[1] if gan_on else gradients[0]))
+        if optimizer.update(learning_rate(step, args.steps, args))[1]:
             update_ema(ema, decoder, args.ema, step)
 
         # The discriminator's, on 8-bit reconstructions of clean latents by the decoder as it is now.
         if args.gan and step >= start_d:
-            set_rate(optimizer_d, learning_rate(step - start_d, args.steps - start_d, args))
-            discriminator.train()
-            with autocast(device, args):
-                with torch.no_grad():
-                    fake = rae.draw(tokens).clamp(0, 1).mul(255).round() / 255
-                    both = torch.cat([diffaug(2 * images - 1, u[:, 1]), diffaug(2 * fake - 1, u[:, 2])])
-                    seen = taps(both / 2 + 0.5)
-                d_loss = hinge(parallel_d(seen))
-            optimizer_d.zero_grad(set_to_none=True)
-            d_loss.backward()
-            if guard_d(nn.utils.clip_grad_norm_(discriminator.parameters(), math.inf)):
-                optimizer_d.step()
-        losses = torch.stack([l1, distance, gan, d_loss, gan_weight]).detach()
-        totals += losses.nan_to_num(posinf=0, neginf=0)
+            for part, share, tokens, *_ in work:
+                discriminator.train(part.start == 0)   # one power iteration a step
+                with autocast(device, args):
+                    with torch.no_grad():
+                        fake = rae.draw(tokens).clamp(0, 1).mul(255).round() / 255
+                        both = [diffaug(2 * x - 1, u[part, k]) for k, x in ((1, images[part]), (2, fake))]
+                        views = taps(torch.cat(both) / 2 + 0.5)
+                    d_loss = share * hinge(discriminator(views))
+                d_loss.backward()
+                losses[3] += d_loss.detach()
+            optimizer_d.update(learning_rate(step - start_d, args.steps - start_d, args))
+        log.sums += losses.nan_to_num(posinf=0, neginf=0)
 
 
 def judge(args, inception, device):

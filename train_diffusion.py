@@ -11,21 +11,22 @@ stopped run.
 
 import argparse
 import copy
-import time
+import json
+import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import fid
-from dit_dh import SIZES, DiTDH, draw_time, flow_loss, load_released, shift_alpha, shift_time, time_grid
-from rae import (Batches, Guard, Log, Stop, autocast, cli, keyed_noise, keyed_numpy, load_rae, load_strict, loader,
-                 open_data, parse, positive, progress, psnr, read_images, released_file, resume,
-                 save_checkpoint, save_grid, say, set_rate, settings_of, spread, start, training_flags,
-                 update_ema)
-from sample import Samples, balanced_labels, generate
+from dit_dh import SIZES, DiTDH, draw_time, flow_loss, shift_alpha, shift_time, time_grid
+from rae import (Batches, Log, Optimizer, Stop, autocast, cli, encoded, keyed_noise, keyed_numpy, load_rae,
+                 load_strict, loader, open_data, parse, positive, progress, psnr, read_images, restore,
+                 resume, save_checkpoint, save_grid, say, spread, start, training_flags, update_ema)
+from sample import Samples, balanced_labels, generate, load_model
 
 # ImageNet: batch 1024, 1,252 steps an epoch; 800 epochs, lr 2e-4 held for 40 and linear to 2e-5 (appendix D).
 IMAGENET = dict(data="imagenet/train", decoder="released:dinov2-b", backbone="XL", head="G", batch_size=1024,
@@ -80,6 +81,7 @@ def main():
     p.add_argument("--backbone", type=transformer_size, help="S B L XL or width,depth,heads (paper: XL)")
     p.add_argument("--head", type=lambda s: s if s == "none" else transformer_size(s, 2),
                    help="wide head, likewise; none for the plain DiT (paper: G, 2048,2,16)")
+    p.add_argument("--cache-latents", metavar="DIR", help="encode all images once, into this folder")
     p.add_argument("--unconditional", action="store_true", help="labels are always null")
     p.add_argument("--alpha", type=float, default=None, help="schedule shift (sqrt(N C / 4096), at least 1)")
     p.add_argument("--time", choices=["logit-normal", "uniform"], default="logit-normal",
@@ -95,17 +97,18 @@ def main():
     p.add_argument("--fid-reference", default="toy", help="what fid.py takes as REFERENCE")
     p.add_argument("--inception", help="file of the 2015 Inception weights; unset with toy: encoder features")
     args = parse(p, PRESETS)
-    settings = settings_of(args)
     device, rank, world = start(args)
-    run = resume(args.out, "diffusion", settings)
-    if run and run["step"] == args.steps:
+    run, settings = resume(args, "diffusion")
+    if run.get("step") == args.steps:
         return say(f"{args.out}: finished already; python sample.py --ckpt {args.out}/checkpoint.pt")
 
     # Images, the frozen RAE, the model and its average.
     rae = load_rae(args.decoder, args.encoder, args.encoder_weights, args.stats, device)
     if run and run["latents"] != rae.fingerprint():
         raise ValueError(f"{args.decoder}: its latents are not those of {args.out}; pass another --out")
-    data = open_data(args.data, rae.encoder.image_size)
+    images = data = open_data(args.data, rae.encoder.image_size)
+    if args.cache_latents:
+        data = CachedLatents(args.cache_latents, rae.encoder, images, args.micro_batch or 64, device)
     shape = rae.mean.shape                                                            # (N, C)
     alpha = args.alpha or shift_alpha(*shape)
     torch.manual_seed(args.seed)
@@ -115,40 +118,31 @@ def main():
     if args.init and not run:
         start_from(model, args.init)
     model = model.to(device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()           # before any compile, float32
+    optimizer = Optimizer(model)
     parts = dict(ema=ema, model=model, optimizer=optimizer)
-    first = run["step"] if run else 0
-    for name, part in parts.items() if run else ():
-        part.load_state_dict(run[name])
-    del run                                            # its tensors are copied by now
-    parallel = DistributedDataParallel(model) if world > 1 else model
+    first = restore(parts, run)
+    model.checkpoint_activations = args.checkpoint_activations
+    if args.compile:
+        model.compile()                                # in place: names in the checkpoint stay as they are
     say(f"{len(data)} images, {len(data.classes)} classes; {shape[0]} tokens x {shape[1]}, "
         f"alpha {alpha:.3f}; DiT {width} x {depth}, {sum(x.numel() for x in model.parameters()) / 1e6:.1f}M")
 
-    batches = Batches(data, args.batch_size, args.seed, True, rank, world)
-    stream, log = loader(batches, first, args), Log(args.out, first) if rank == 0 else None
-    stop, guard = Stop(), Guard()
+    batches = Batches(data, args.batch_size, args.seed, True, rank, world, args.micro_batch)
+    stream, stop = loader(batches, first, args), Stop(device)
+    log = Log(args.out, first, 2 * BINS + 1, device)   # losses by bin of t, their count, gradient norm
     classes = [model.num_classes] if args.unconditional else list(range(model.num_classes))
     features = "encoder:toy" if args.fid_reference == "toy" and not args.inception else "inception"
     if rank == 0 and first == 0:
-        show_pairs(rae, data, args.out, device)
-    totals = torch.zeros(3, BINS, device=device)  # sum of losses, count, by bin of t; gradient norms in row 2
-    since, began = first, time.time()
+        show_pairs(rae, images, args.out, device)
     for step in progress(range(first, args.steps + 1), args.batch_size):
-        last = step == args.steps or stop.agreed(world)
-        if step > since and (step % args.log_every == 0 or last):
-            if world > 1:
-                dist.all_reduce(totals)
-            loss, norm = totals[0].sum() / totals[1].sum(), totals[2, 0] / (step - since) / world
-            rate = (step - since) * args.batch_size / (time.time() - began)
-            if rank == 0:
-                log(step=step, loss=loss.item(), grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"],
-                    images_per_s=rate, skipped=guard.skipped,
-                    loss_by_t=[s / n if n else None for s, n in totals[:2].T.tolist()],
-                    minutes_left=(args.steps - step) * args.batch_size / rate / 60)
-            totals.zero_()
-            since, began = step, time.time()
+        last = step == args.steps or stop.agreed()
+        if step > log.since and (step % args.log_every == 0 or last):
+            means, pace = log.means(step, args)
+            losses, counts, norm = means.split([BINS, BINS, 1])
+            log(step=step, loss=(losses.sum() / counts.sum()).item(), grad_norm=norm.item(),
+                lr=optimizer.param_groups[0]["lr"], skipped=optimizer.skipped,
+                loss_by_t=[s / n if n else None for s, n in zip(losses.tolist(), counts.tolist())], **pace)
         if rank == 0 and step > first and (step % args.sample_every == 0 or last):
             shown = classes[:10]
             labels = balanced_labels(shown, 8 * len(shown))
@@ -160,33 +154,72 @@ def main():
             samples = Samples(rae, ema, labels, time_grid(50, alpha), args.seed, autocast(device, args),
                               cfg=args.cfg)
             scores = fid.score(samples, args.fid_reference, features, weights=args.inception, device=device)
-            if rank == 0:
-                log(step=step, **{k: v for k, v in scores.items() if k not in ("num", "label")})
+            log(step=step, **{k: v for k, v in scores.items() if k not in ("num", "label")})
         if rank == 0 and (step > first or not first) and (step % args.save_every == 0 or last):
-            save_checkpoint(args.out, dict(
-                kind="diffusion", step=step, settings=settings, alpha=alpha, config=model.config,
-                classes=data.classes, latents=rae.fingerprint())
-                | {name: part.state_dict() for name, part in parts.items()})
+            save_checkpoint(args.out, parts, kind="diffusion", step=step, settings=settings, alpha=alpha,
+                            config=model.config, classes=data.classes, latents=rae.fingerprint())
         if last:
             break
-        set_rate(optimizer, learning_rate(step, args))
-        images, y = (x.to(device, non_blocking=True) for x in next(stream))         # (B, 3, H, W) uint8, (B,)
+
+        seen, labels = (x.to(device, non_blocking=True) for x in log.next(stream))    # (b, ...), (b,)
         t, keep, noise = draws(args, device, step, batches.rows, shape)
-        y = torch.where(keep & (not args.unconditional), y, model.num_classes)
-        with autocast(device, args):
-            z = rae.encode(images.float() / 255)                                      # (B, N, C)
-            loss = flow_loss(parallel, z, y, alpha, t, noise)                         # (B,)
-        optimizer.zero_grad(set_to_none=True)
-        loss.mean().backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or float("inf"))
-        if not guard(norm):
-            continue
-        optimizer.step()
-        update_ema(ema, model, args.ema, step)
-        bins = (shift_time(t, alpha) * BINS).long().clamp(max=BINS - 1)
-        totals[0].index_add_(0, bins, loss.detach())
-        totals[1].index_add_(0, bins, torch.ones_like(loss))
-        totals[2, 0] += norm
+        labels = torch.where(keep & (not args.unconditional), labels, model.num_classes)
+        losses = []
+        for part in batches.parts:
+            with autocast(device, args):
+                z = rae.normalise(seen[part].float()) if args.cache_latents else rae.encode(seen[part] / 255)
+                loss = flow_loss(model, z, labels[part], alpha, t[part], noise[part])           # (b,)
+            (loss.sum() / len(batches.rows)).backward()
+            losses.append(loss.detach())
+        norm, stepped = optimizer.update(learning_rate(step, args), args.clip)
+        if stepped:
+            update_ema(ema, model, args.ema, step)
+            bins = (shift_time(t, alpha) * BINS).long().clamp(max=BINS - 1)
+            log.sums.index_add_(0, bins, torch.cat(losses))
+            log.sums.index_add_(0, bins + BINS, torch.ones_like(t))
+            log.sums[-1] += norm
+
+
+class CachedLatents:
+    """Raw tokens of a data set, plain and flipped, in a memory-mapped float16 file (n, 2, N, C).
+
+    Made on first use; stands in for the images. about.json binds it to the encoder and to the images' names,
+    sizes and times of change: ValueError where they are others, or where the disk has no room."""
+
+    def __init__(self, folder, encoder, images, batch_size, device):
+        self.path, note = Path(folder, "latents.npy"), Path(folder, "about.json")
+        self.labels, self.classes, self.tokens = images.labels, images.classes, None
+        shape = len(images), 2, encoder.grid ** 2, encoder.dim
+        about = json.dumps(dict(encoder=encoder.fingerprint, images=images.fingerprint(), shape=shape))
+        if note.is_file() and note.read_text() == about:
+            return say(f"{folder}: latents of {len(images)} images")
+        if note.is_file():
+            raise ValueError(f"{folder}: latents of another encoder or of other images; remove the folder")
+        size = 2 * math.prod(shape)
+        say(f"{folder}: encoding {len(images)} images in both flips, {size / 1e9:.3g} GB")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < size:
+            raise ValueError(f"{folder}: no room for {size / 1e9:.3g} GB")
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if rank == 0:
+            np.lib.format.open_memmap(self.path, "w+", np.float16, shape)
+        dist.barrier()
+        file = np.lib.format.open_memmap(self.path, "r+")
+        for chosen, flip, tokens in encoded(encoder, images, batch_size, device, rank, world):
+            file[chosen, flip] = tokens.cpu().numpy()
+        file.flush()
+        dist.barrier()
+        if rank == 0:                                  # last, so that a cache with a note is whole
+            note.write_text(about)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def load(self, index, rng, flip=False):
+        """(N, C) float16."""
+        if self.tokens is None:                        # opened where it is used: worker processes get no copy
+            self.tokens = np.load(self.path, mmap_mode="r")
+        return self.tokens[index, int(flip)]
 
 
 def show_pairs(rae, data, out, device):
@@ -202,7 +235,7 @@ def show_pairs(rae, data, out, device):
 
 def start_from(model, name):
     """Copy another model's weights; another class count keeps our fresh label table."""
-    other = load_released(released_file(name)).state_dict()
+    other = load_model(name).state_dict()
     key = "y_embedder.embedding_table.weight"
     if other[key].shape != model.state_dict()[key].shape:
         say(f"--init {name}: {len(other[key]) - 1} classes there, {model.num_classes} here; "

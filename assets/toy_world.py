@@ -1,5 +1,7 @@
 """The toy world, the default data set: coloured shapes of ten classes, 32 x 32, drawn from a seed."""
 
+import hashlib
+
 import numpy as np
 
 TOY = {"train": (30000, 0), "val": (2000, 1)}           # split: (images, seed)
@@ -15,8 +17,11 @@ class ToyShapes:
     def __len__(self):
         return len(self.labels)
 
-    def load(self, index, rng):
-        return self.images[index]
+    def load(self, index, rng, flip=False):
+        return self.images[index][:, :, ::-1 if flip else 1]
+
+    def fingerprint(self):
+        return hashlib.sha256(self.images.tobytes()).hexdigest()[:16]
 
 
 # Signed distances of each shape in units of its radius: x to the right, y down, negative inside. Every shape

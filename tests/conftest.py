@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -54,6 +55,14 @@ def run(monkeypatch, tmp_path, capsys):
         return capsys.readouterr().out
 
     return call
+
+
+@pytest.fixture
+def group():
+    """This process as a group of one, as rae.start has it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

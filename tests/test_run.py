@@ -73,7 +73,7 @@ FLAGS = {
         "--noise-dist half-normal --perceptual 0 --gan 0.3 --starts 0 0.3 0.4 --betas 0.5 0.9 --steps 3 "
         "--batch-size 4 --lr 0.001 --lr-end 0.0001 --warmup 1 --ema 0.9 --seed 2 --out d/a --log-every 1 "
         "--eval-every 2 --eval-num 3 --eval-sigma 0.1 --save-every 2 --workers 1 --device cpu "
-        "--precision bf16",
+        "--precision bf16 --micro-batch 3 --checkpoint-activations --resume never",
         "--image-size 64 --upsample 2 --steps 2 --batch-size 4 --out d/up",
         "--data photos --encoder e/enc.pt --image-size 24 --steps 2 --batch-size 4 --out d/b",
         "--data photos --encoder e/enc.pt --image-size 24 --steps 2 --batch-size 4 --out d/c "
@@ -89,7 +89,8 @@ FLAGS = {
         "--data photos --decoder d/b/checkpoint.pt --backbone 16,1,2 --head 24,1,2 "
         "--alpha 2.5 --time uniform --label-drop 0.5 --steps 3 --batch-size 4 --lr 0.001 --lr-end 0.0001 "
         "--hold 1 --clip 0 --ema 0.9 --cfg 2 --seed 4 --out f/a --log-every 1 --sample-every 2 "
-        "--save-every 2 --workers 1 --device cpu --precision bf16",
+        "--save-every 2 --workers 1 --device cpu --precision bf16 --micro-batch 3 --checkpoint-activations "
+        "--resume never --cache-latents f/cache",
         "--data photos --decoder d/b/checkpoint.pt --backbone 16,1,2 --head none "
         "--unconditional --steps 2 --batch-size 4 --out f/plain",
         "--data toy --init f/toy/checkpoint.pt --steps 1 --batch-size 4 --out f/init --fid-every 1 "
@@ -156,12 +157,13 @@ def test_every_flag_is_run(script):
     flags = set(re.findall(r'add_argument\("(--[a-z-]+)"', source))
     if "training_flags(p)" in source:
         shared = (ROOT / "rae.py").read_text().split("def training_flags")[1].split("def parse")[0]
-        flags |= set(re.findall(r'\("(--[a-z-]+)"', shared))
+        flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', shared))
     flags |= {"--preset", "--seed", "--device", "--precision"} if "parse(p, PRESETS)" in source else set()
     ran = set(re.findall(r"--[a-z0-9-]+", " ".join(FLAGS[script])))
-    critics = (ROOT / "tests" / "test_stage1.py").read_text()        # needs VGG16 and DINO: a test of its own
-    ran |= {f for f in ("--critics", "--lpips-weights", "--vgg-weights", "--dino-weights")
-            if script == "train_decoder.py" and f in critics}
+    apart = {"test_stage1.py": ("--critics", "--lpips-weights", "--vgg-weights", "--dino-weights"),
+             "test_trust.py": ("--compile",)}          # tests of their own: they need critics, or a minute
+    ran |= {f for name, some in apart.items() for f in some
+            if f in flags and f in (ROOT / "tests" / name).read_text()}
     assert flags == ran, flags ^ ran
 
 
