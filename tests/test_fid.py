@@ -245,16 +245,26 @@ def test_inception_score_closed_forms():
     assert inception_score(chunks, fid.CHUNK + 8) == pytest.approx((1 + 8) / 2), "the mean over chunks"
 
 
-def test_precision_recall_by_definition():
+@pytest.mark.parametrize("block", [1000, 16])
+@pytest.mark.parametrize("mean", [0, 3000])            # norms that dwarf the distances
+def test_precision_recall_by_definition(monkeypatch, block, mean):
+    monkeypatch.setattr(fid, "BLOCK", block)
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(70, 5)), rng.normal(size=(60, 5)) + 1.2
+    a, b = rng.normal(size=(70, 5)) + mean, rng.normal(size=(60, 5)) + mean + 1.2
+    a, b = a.astype(np.float32), b.astype(np.float32)
 
-    def radius(x):
-        return np.sort(((x[:, None] - x) ** 2).sum(2), 1)[:, 3]
-    d = ((a[:, None] - b) ** 2).sum(2)
-    want = ((d <= radius(b)).any(1).mean(), (d <= radius(a)[:, None]).any(0).mean())
+    def squared(x, y):
+        return ((x[:, None].astype(np.float64) - y) ** 2).sum(2)
+    d, radius_a, radius_b = squared(a, b), np.sort(squared(a, a), 1)[:, 3], np.sort(squared(b, b), 1)[:, 3]
+    want = ((d <= radius_b).any(1).mean(), (d <= radius_a[:, None]).any(0).mean())
     assert 0.2 < min(want) and max(want) < 1
-    assert precision_recall(*(torch.tensor(x, dtype=torch.float32) for x in (a, b))) == pytest.approx(want)
+    assert precision_recall(*map(torch.from_numpy, (a, b))) == pytest.approx(want)
+
+
+def test_precision_recall_of_tiny_sets():
+    """Fewer than three neighbours: a ball reaches to the farthest image of its set."""
+    a, b = torch.tensor([[0.0], [1.0]]), torch.tensor([[-0.9], [5.0]])
+    assert precision_recall(a, b) == (1, 0.5)
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -347,6 +357,8 @@ def test_mistakes(run, sides, inception_file, tmp_path):
         with pytest.raises(SystemExit, match=message) as stop:
             run("fid.py", arguments, tiny=False)
         assert "\n" not in str(stop.value)
+    with pytest.raises(ValueError, match="pass the file .--weights, in training --inception"):
+        fid.load_inception("nowhere.pth", "cpu")
     run("fid.py", f"uneven uneven {weights}", tiny=False)             # resized one by one
     run("fid.py", f"uneven a {weights} --crop 32", tiny=False)
 
