@@ -229,8 +229,7 @@ def draw_time(u, dist="logit-normal"):
     """Training times from uniform u (B,), before the shift: logit-normal(0, 1) or uniform, <= 0.999."""
     if dist == "uniform":
         return 0.999 * u
-    top = torch.special.ndtr(torch.logit(torch.tensor(0.999)))
-    return torch.special.ndtri(u * top).sigmoid()
+    return torch.special.ndtri(u).sigmoid().clamp(max=0.999)
 
 
 def time_grid(steps, alpha, t_last=0.0):

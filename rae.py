@@ -41,24 +41,17 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 
 # ----------------------------------------------------------------------------------------------------- images
 
-def shrink(image, short):
-    """PIL image whose short side becomes `short`: halved by BOX while twice that, then BICUBIC (ADM)."""
+def center_crop(image, size, short=None, rng=None):
+    """The centre size x size of a PIL image whose short side became `short` (default: size), as ADM does it:
+    halved by BOX while twice that, then BICUBIC. With a generator the square is anywhere."""
+    short = short or size
     while min(image.size) >= 2 * short:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = short / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-
-
-def crop(image, size, rng=None):
-    """A size x size square of a PIL image: its centre or, with a generator, anywhere."""
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
     room = image.width - size, image.height - size
-    left, top = (r // 2 if rng is None else int(rng.integers(r + 1)) for r in room)
+    left, top = (int(rng.integers(r + 1)) if rng else r // 2 for r in room)
     return image.crop((left, top, left + size, top + size))
-
-
-def center_crop(pil_image, size):
-    """The centre size x size of a PIL image whose short side became `size`, as ADM does it."""
-    return crop(shrink(pil_image, size), size)
 
 
 def to_uint8(images):
@@ -95,7 +88,7 @@ class ImageFolder:
             image = Image.open(self.files[index]).convert("RGB")
         except Exception as e:                         # PIL raises half a dozen kinds for broken files
             raise ValueError(f"{self.files[index]}: not readable as an image ({e}); remove it") from None
-        image = crop(shrink(image, self.short or self.size), self.size, rng if self.short else None)
+        image = center_crop(image, self.size, self.short, rng if self.short else None)
         return np.asarray(image).transpose(2, 0, 1)[:, :, ::-1 if flip else 1]
 
     def fingerprint(self):
@@ -125,19 +118,15 @@ def open_data(data, size, split="train", short=None):
 # ------------------------------------------------------------------------------------------------ the encoder
 
 IMAGENET, HALF = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,) * 3, (0.5,) * 3)
-# name: (timm model, encoder input per image pixel, (mean, std), antialiased positions, further timm
-# arguments)
+# name: (timm model, encoder input per image pixel, (mean, std), antialiased positions, more for timm)
 ENCODERS = {
     "dinov2-s": ("vit_small_patch14_reg4_dinov2.lvd142m", 14 / 16, IMAGENET, True, {}),
     "dinov2-b": ("vit_base_patch14_reg4_dinov2.lvd142m", 14 / 16, IMAGENET, True, {}),
     "dinov2-l": ("vit_large_patch14_reg4_dinov2.lvd142m", 14 / 16, IMAGENET, True, {}),
     "siglip2-b": ("vit_base_patch16_siglip_256.v2_webli", 1, HALF, False, {"act_layer": "gelu_tanh"}),
     "mae-b": ("vit_base_patch16_224.mae", 1, IMAGENET, False, {}),
-    "dino-s8": ("vit_small_patch8_224.dino", 1, IMAGENET, True, {"act_layer": "gelu_tanh"}),
-    # for stage 1's D
+    "dino-s8": ("vit_small_patch8_224.dino", 1, IMAGENET, True, {"act_layer": "gelu_tanh"}),   # stage 1's D
 }
-
-
 UNUSED = ("head.", "fc_norm.", "attn_pool.")            # parts of a ViT that an encoder never runs
 
 
@@ -169,8 +158,7 @@ class Encoder(nn.Module):
             self.loaded["pos_embed"] = vit.pos_embed.detach()
             prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
             vit.pos_embed = nn.Parameter(resample_abs_pos_embed(
-                vit.pos_embed.detach(), [self.grid, self.grid], num_prefix_tokens=prefix,
-                antialias=antialias))
+                vit.pos_embed.detach(), [self.grid] * 2, num_prefix_tokens=prefix, antialias=antialias))
         vit.patch_embed.set_input_size((input_size, input_size))
         vit.norm = nn.LayerNorm(self.dim, eps=getattr(vit.norm, "eps", 1e-6), elementwise_affine=False)
         self.vit = vit
@@ -189,17 +177,16 @@ class Encoder(nn.Module):
 
     def forward(self, images):
         if images.shape[-1] != self.input_size:
-            images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic",
-                                   align_corners=False)
+            images = F.interpolate(images, [self.input_size] * 2, mode="bicubic", align_corners=False)
         tokens = self.vit.forward_features((images - self.mean) / self.std)           # (B, prefix + N, C)
         return tokens[:, self.vit.num_prefix_tokens:]                                 # (B, N, C)
 
 
 def load_timm(model, weights, flag, unused=(), **extra):
-    """A timm model with pretrained weights: fetched, or from a local file in timm's names (.pt,
-    .safetensors).
-    ValueError where neither is to be had (it names the flag of the file) or a tensor is wrong; the unused
-    ones may be missing."""
+    """A timm model with pretrained weights: fetched, or from a local file in timm's names.
+
+    ValueError where neither is to be had (it names the flag of the file) or where a tensor is wrong; the
+    unused ones may be missing."""
     import timm
     if not timm.is_model(model):
         raise ValueError(f"timm has no model {model}")
@@ -723,10 +710,13 @@ class Optimizer(torch.optim.AdamW):
     def update(self, lr, clip=0.0):
         """A step at this rate, after which no gradients are left: (their norm, whether it was taken)."""
         group, = self.param_groups
-        average([p.grad for p in group["params"]])
-        norm = nn.utils.clip_grad_norm_(group["params"], clip or math.inf)
+        gradients = [p.grad for p in group["params"]]
+        average(gradients)
+        norm = nn.utils.get_total_norm(gradients)
         fine = bool(norm.isfinite())
         if fine:
+            if clip and norm > clip:
+                nn.utils.clip_grads_with_norm_(group["params"], clip, norm)
             group["lr"] = lr
             self.step()
         self.zero_grad(set_to_none=True)
@@ -766,7 +756,7 @@ def save_checkpoint(out, parts, **about):
 def resume(args, kind):
     """(The newest whole checkpoint of this very run in --out or {}, the settings that make it this run).
 
-    ValueError if the folder holds something else, or a run with other settings, whose differences it names."""
+    ValueError if the folder holds something else or a run with other settings; it names the differences."""
     free = ("out", "resume", "device", "workers", "micro_batch", "compile", "checkpoint_activations",
             "eval_every", "eval_num", "eval_sigma", "fid_every", "fid_num", "fid_reference", "inception",
             "log_every", "sample_every", "save_every")
@@ -780,7 +770,7 @@ def resume(args, kind):
             run = run or read_file(path)
         except ValueError as e:
             say(f"{e}; trying the one before")
-    early = {"log.jsonl", "log.tmp", "pairs.png", "eval.png", "checkpoint.tmp"}    # of a run killed at its start
+    early = {"log.jsonl", "log.tmp", "pairs.png", "eval.png", "checkpoint.tmp"}    # a run killed at its start
     if not run and (paths or out.exists() and {f.name for f in out.iterdir()} - early):
         raise ValueError(f"{out}: not empty, without a whole checkpoint of ours; pass another --out")
     if run and run.get("kind") != kind:

@@ -328,7 +328,7 @@ def main():
     first = restore(parts, run)
     decoder.checkpoint_activations = args.checkpoint_activations
     for layer in decoder.decoder_layers if args.compile else ():
-        layer.compile()                                # in place, names stay; the last layer's graph is walked
+        layer.compile()                                # in place, names stay; lambda walks the last layer
     say(f"{args.encoder}: {encoder.grid ** 2} tokens x {encoder.dim}; decoder {args.size}, "
         f"{sum(x.numel() for x in decoder.parameters()) / 1e6:.1f}M parameters, {len(data)} images")
 

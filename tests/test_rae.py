@@ -1,6 +1,5 @@
 """rae.py: images, the toy world, encoder, noise, statistics, files, and what the loops share."""
 
-import json
 import os
 import pickle
 
@@ -11,7 +10,6 @@ from PIL import Image
 
 import rae as R
 from assets import toy_world
-from conftest import gap
 from dit_dh import load_released
 
 

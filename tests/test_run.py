@@ -1,5 +1,6 @@
 """The scripts as users run them: README commands, all flags, resume, determinism, mistakes."""
 
+import argparse
 import json
 import os
 import re
@@ -75,11 +76,17 @@ FLAGS = {
         "--eval-every 2 --eval-num 3 --eval-sigma 0.1 --save-every 2 --workers 1 --device cpu "
         "--precision bf16 --micro-batch 3 --checkpoint-activations --resume never",
         "--image-size 64 --upsample 2 --steps 2 --batch-size 4 --out d/up",
-        "--data photos --encoder e/enc.pt --image-size 24 --steps 2 --batch-size 4 --out d/b",
+        "--data photos --encoder e/enc.pt --image-size 24 --steps 2 --batch-size 4 --out d/b "
+        "--precision fp32",
+        "--size L --steps 1 --batch-size 2 --out d/L --eval-num 2",
+        "--size XL --steps 1 --batch-size 2 --out d/XL --eval-num 2",
         "--data photos --encoder e/enc.pt --image-size 24 --steps 2 --batch-size 4 --out d/c "
         "--init d/b/checkpoint.pt",
         "--preset imagenet256 --data photos --encoder timm:vit_tiny_patch16_224 --encoder-weights tiny.pt "
         "--size B --image-size 32 --resize 40 --steps 1 --batch-size 2 --workers 0 --out d/preset "
+        "--critics encoder --eval-num 2",
+        "--preset imagenet512 --data photos --encoder timm:vit_tiny_patch16_224 --encoder-weights tiny.pt "
+        "--size toy --image-size 32 --resize 40 --steps 1 --batch-size 2 --workers 0 --out d/preset512 "
         "--critics encoder --eval-num 2",
         "--eval-only --ckpt bare.pt --stats stat.pt --encoder timm:vit_tiny_patch16_224 --encoder-weights "
         "tiny.pt --data photos --eval-num 3 --batch-size 2 --out d/judged "
@@ -99,6 +106,9 @@ FLAGS = {
         "--preset imagenet512 --data photos --decoder bare.pt --encoder timm:vit_tiny_patch16_224 "
         "--encoder-weights tiny.pt --stats stat.pt --backbone S --head 16,1,2 --steps 1 "
         "--batch-size 2 --workers 0 --out f/preset",
+        "--preset imagenet256 --data photos --decoder bare.pt --encoder timm:vit_tiny_patch16_224 "
+        "--encoder-weights tiny.pt --stats stat.pt --backbone 16,1,2 --head S --steps 1 "
+        "--batch-size 2 --workers 0 --out f/preset256 --precision fp32",
     ],
     "sample.py": [
         "--ckpt f/a/checkpoint.pt --num 3 --steps 4 --t-last 0.001 --alpha 2 --cfg 1.2 --interval 0.1 0.9 "
@@ -109,7 +119,8 @@ FLAGS = {
         "--ckpt f/plain/checkpoint.pt --num 2 --steps 2 --out s/plain.png",
         "--preset imagenet256 --ckpt f/preset/checkpoint.pt --decoder bare.pt --encoder "
         "timm:vit_tiny_patch16_224 --encoder-weights tiny.pt --stats stat.pt --num 1 --steps 2 --out "
-        "s/preset.png",
+        "s/preset.png --precision fp32",
+        "--preset imagenet512 --ckpt f/preset256/checkpoint.pt --num 1 --steps 2 --out s/preset512.png",
     ],
     "fid.py": [
         "s/folder photos_fid --features encoder:e/enc.pt --num 3 --batch 2 --device cpu --json",
@@ -120,9 +131,13 @@ FLAGS = {
 
 
 def test_every_flag_runs(run, photos, tmp_path, monkeypatch):
-    """All commands of FLAGS, in an order in which each finds what it needs."""
+    """All commands of FLAGS, in an order in which each finds what it needs; large decoders in one block."""
     import timm
     from fid import InceptionV3
+    from rae import DECODERS
+    for size in ("L", "XL"):
+        width, _, heads, mlp_dim = DECODERS[size]
+        monkeypatch.setitem(DECODERS, size, (width, 1, heads, mlp_dim))
     save_images(tmp_path / "photos_fid", 4, size=(24, 24))
     save_images(tmp_path / "photos_fid32", 4, size=(32, 32))
     torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), "tiny.pt")
@@ -151,20 +166,35 @@ def test_every_flag_runs(run, photos, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script", TINY)
-def test_every_flag_is_run(script):
-    """A flag exists only if a test runs it off its default; the help fits about one screen."""
-    source = (ROOT / script).read_text()
-    flags = set(re.findall(r'add_argument\("(--[a-z-]+)"', source))
-    if "training_flags(p)" in source:
-        shared = (ROOT / "rae.py").read_text().split("def training_flags")[1].split("def parse")[0]
-        flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', shared))
-    flags |= {"--preset", "--seed", "--device", "--precision"} if "parse(p, PRESETS)" in source else set()
-    ran = set(re.findall(r"--[a-z0-9-]+", " ".join(FLAGS[script])))
+def test_every_flag_and_choice_is_run(script, run, monkeypatch):
+    """A flag exists only if a test runs it off its default, and so for each of its choices."""
+    def caught(parser):
+        raise SystemExit(parser)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", caught)
+    with pytest.raises(SystemExit) as parser:
+        run(script)
+    actions = [a for a in parser.value.code._actions if a.option_strings and a.dest != "help"]
     apart = {"test_stage1.py": ("--critics", "--lpips-weights", "--vgg-weights", "--dino-weights"),
              "test_trust.py": ("--compile",)}          # tests of their own: they need critics, or a minute
-    ran |= {f for name, some in apart.items() for f in some
-            if f in flags and f in (ROOT / "tests" / name).read_text()}
-    assert flags == ran, flags ^ ran
+    text = " ".join(FLAGS[script])
+    for name, flags in apart.items():
+        text += " ".join(re.findall(rf"(?:{'|'.join(flags)})[ \w]*", (ROOT / "tests" / name).read_text()))
+    for action in actions:
+        flag, = action.option_strings
+        assert re.search(rf"{flag}\b", text), flag
+        for choice in action.choices or ():
+            assert choice == action.default or f"{flag} {choice}" in text, (flag, choice)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_other_devices(run, device):
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())[device]
+    if not there:
+        pytest.skip(f"no {device} here")
+    for script in ("train_decoder.py", "train_diffusion.py", "sample.py"):
+        said = run(script, f"--device {device}")
+        assert f"{device}" in said
+    assert np.load("out/samples.npz")["arr_0"].shape == (20, 32, 32, 3)
 
 
 # ----------------------------------------------------------------------------------------------- the same run
@@ -200,6 +230,7 @@ def test_samples_do_not_depend_on_the_batch(run):
                        3) and abs(a - b).max() <= 1  # a product's rounding may depend on the batch
 
 
+@pytest.mark.slow
 def test_two_processes_do_the_run_of_one(tmp_path, photos):
     """torchrun, gloo: ranks end with the same weights as one process, up to the order of a sum."""
     logs, pictures = [], []

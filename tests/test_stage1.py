@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,8 +161,7 @@ def test_adaptive_weight_by_hand():
 
 
 def test_the_gan_joins_in_the_last_layers_proportion(run, monkeypatch):
-    """What the decoder's step gets at its last layer: the reconstruction's gradient, and the GAN's at `gan` times
-    its norm."""
+    """The last layer gets the reconstruction's gradient and, at --gan times its norm, the GAN's."""
     seen, weight, update = [], T.adaptive_weight, R.Optimizer.update
 
     def spy(self, *args):
@@ -171,7 +169,7 @@ def test_the_gan_joins_in_the_last_layers_proportion(run, monkeypatch):
         return update(self, *args)
     monkeypatch.setattr(R.Optimizer, "update", spy)
     for gan in (0.0, 0.3):
-        run("train_decoder.py", f"--gan {gan} --starts 0 0.9 0 --steps 1 --batch-size 4 --log-every 1 --out {gan}",
+        run("train_decoder.py", f"--gan {gan} --starts 0 0.9 0 --steps 1 --batch-size 4 --out {gan}",
             tiny=False)
     plain, both = (grads[-2] for grads in seen[:2])    # decoder_pred.weight
     assert (both - plain).norm() / plain.norm() == pytest.approx(0.3, rel=1e-4)
@@ -299,15 +297,15 @@ def test_rfid_with_inception_weights(run):
 def test_noise_augmented_decoding(tmp_path):
     """The paper's direction (T15): a little worse from clean latents, much better from noisy ones.
 
-    The default run without the GAN, one seed; the README has three."""
+    Half of the default run, without the GAN, one seed; the README has three of the whole run."""
     result = []
     for tau in (0.0, 0.8):
-        command = (f"{ROOT}/train_decoder.py --noise-tau {tau} --gan 0 --eval-every 800 --eval-num 2000 "
-                   f"--eval-sigma 0.4 --out {tmp_path}/{tau}")
+        command = (f"{ROOT}/train_decoder.py --noise-tau {tau} --gan 0 --steps 400 --eval-every 400 "
+                   f"--eval-num 2000 --eval-sigma 0.4 --out {tmp_path}/{tau}")
         done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         last = log_of(tmp_path / f"{tau}")[-1]
         result.append((last["psnr"], last["psnr_noisy"]))
     clean, noisy = (with_noise - without for without, with_noise in zip(*result))
     print(f"tau 0.8 against 0: clean {clean:+.2f} dB, noisy {noisy:+.2f} dB")
-    assert clean > -1.5 and noisy > 2
+    assert clean > -1.5 and noisy > 1.5
