@@ -83,6 +83,7 @@ def main():
                    help="wide head, likewise; none for the plain DiT (paper: G, 2048,2,16)")
     p.add_argument("--cache-latents", metavar="DIR", help="encode all images once, into this folder")
     p.add_argument("--unconditional", action="store_true", help="labels are always null")
+    p.add_argument("--no-flip", action="store_true", help="no mirror images")
     p.add_argument("--alpha", type=float, default=None, help="schedule shift (sqrt(N C / 4096), at least 1)")
     p.add_argument("--time", choices=["logit-normal", "uniform"], default="logit-normal",
                    help="t before the shift")
@@ -128,7 +129,7 @@ def main():
     say(f"{len(data)} images, {len(data.classes)} classes; {shape[0]} tokens x {shape[1]}, "
         f"alpha {alpha:.3f}; DiT {width} x {depth}, {sum(x.numel() for x in model.parameters()) / 1e6:.1f}M")
 
-    batches = Batches(data, args.batch_size, args.seed, True, rank, world, args.micro_batch)
+    batches = Batches(data, args.batch_size, args.seed, not args.no_flip, rank, world, args.micro_batch)
     stream, stop = loader(batches, first, args), Stop(device)
     log = Log(args.out, first, 2 * BINS + 1, device)   # losses by bin of t, their count, gradient norm
     classes = [model.num_classes] if args.unconditional else list(range(model.num_classes))

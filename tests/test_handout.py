@@ -47,8 +47,10 @@ def test_the_table_names_what_is_there():
     for file, name in FUNCTIONS:
         node = find((ROOT / file).read_text(), name)
         assert ast.get_docstring(node) and len(node.body) > 1, name
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{name}`" in readme for _, name in FUNCTIONS)
     for file, name in (test.split("::") for tests in TESTS for test in tests):
-        assert find((ROOT / file).read_text(), name)
+        assert find((ROOT / file).read_text(), name) and f" {name}" in readme
 
 
 def test_exercises_fail_and_pass_again(tmp_path):

@@ -99,7 +99,7 @@ FLAGS = {
         "--save-every 2 --workers 1 --device cpu --precision bf16 --micro-batch 3 --checkpoint-activations "
         "--resume never --cache-latents f/cache",
         "--data photos --decoder d/b/checkpoint.pt --backbone 16,1,2 --head none "
-        "--unconditional --steps 2 --batch-size 4 --out f/plain",
+        "--unconditional --no-flip --steps 2 --batch-size 4 --out f/plain",
         "--data toy --init f/toy/checkpoint.pt --steps 1 --batch-size 4 --out f/init --fid-every 1 "
         "--fid-num 4 --fid-reference photos_fid32 --inception inception.pt",
         "--decoder d/up/checkpoint.pt --steps 1 --batch-size 4 --out f/up",

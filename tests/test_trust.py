@@ -181,8 +181,10 @@ def test_a_killed_run_resumes_exactly(tmp_path, script, cache, world, moments):
 
 @pytest.mark.slow
 def test_sigterm_saves(tmp_path):
-    process = subprocess.Popen([sys.executable, f"{ROOT}/train_diffusion.py", "--out", str(tmp_path / "run"),
-                                "--log-every", "1", "--workers", "1"], stdout=subprocess.PIPE, text=True)
+    save_images(tmp_path / "photos", 40, size=(32, 32))
+    process = subprocess.Popen([sys.executable, f"{ROOT}/train_diffusion.py", "--data", f"{tmp_path}/photos",
+                                "--out", f"{tmp_path}/run", "--log-every", "1", "--workers", "1"],
+                               stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 3 "):
             process.send_signal(signal.SIGTERM)
@@ -295,9 +297,10 @@ def test_the_average_is_isolated(compiled):
 @pytest.mark.slow
 @compiler
 @pytest.mark.parametrize("script, flags", [
-    ("train_decoder.py", "--starts 0 0 0"), ("train_diffusion.py", SMALL)])
+    ("train_decoder.py", "--starts 0 0 0 --micro-batch 3"),
+    ("train_diffusion.py", f"{SMALL} --checkpoint-activations")])
 def test_compiled_runs_are_the_same_runs(run, script, flags):
-    for out, extra in (("plain", ""), ("compiled", "--compile --checkpoint-activations --micro-batch 3")):
+    for out, extra in (("plain", ""), ("compiled", "--compile")):
         run(script, f"{flags} --steps 3 --batch-size 6 --log-every 1 --out {out} {extra}", tiny=False)
     a, b = (load(f"{out}/checkpoint.pt") for out in ("plain", "compiled"))
     assert a["ema"].keys() == b["ema"].keys() and all(k in a["model"] for k in b["model"])
@@ -366,3 +369,30 @@ def test_no_room_for_the_cache(run, monkeypatch):
     with pytest.raises(SystemExit, match="cache: no room for 0.000246 GB"):
         run("train_diffusion.py", "--cache-latents cache")
     assert not os.path.exists("cache/about.json")
+
+
+# ---------------------------------------------------------------------------------------------- the benchmark
+
+def bench(*arguments):
+    done = subprocess.run([sys.executable, f"{ROOT}/tests/bench.py", *arguments], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_what_the_benchmark_computes():
+    plain, less = bench("--sizes", "S", "--seconds", "0")["fits"][:2]
+    assert not plain["checkpoint_activations"] and less["checkpoint_activations"]
+    for fits in (plain["images"], less["images"]):
+        assert list(fits) == ["8 GB", "12 GB", "24 GB", "80 GB"]
+        assert 0 < fits["8 GB"] < fits["12 GB"] < fits["24 GB"] < fits["80 GB"]
+    assert all(less["images"][gb] > 2 * plain["images"][gb] for gb in less["images"])
+
+
+@pytest.mark.slow
+@compiler
+def test_the_benchmark_measures():
+    result = bench("--sizes", "toy", "--seconds", "1")
+    assert [(x["precision"], x["compile"]) for x in result["train"]] == [
+        ("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True)]
+    assert all(x["images_per_s"] > 0 and x["memory_gb"] > 0 and 0 < x["share"] < 1 for x in result["train"])
