@@ -2,17 +2,13 @@
 
 A latent token of a pretrained encoder has hundreds of channels, and a transformer narrower than that cannot
 predict its noise (Theorem 1). DiT^DH therefore reads the noisy latent twice: a deep, narrow backbone turns it
-into one condition per token, and a shallow head at least as wide as the token turns that condition into the
-velocity.
+into one condition per token, and a shallow head at least as wide as the token turns that into the velocity.
 
-    from dit_dh import DiTDH, flow_loss, sample, shift_alpha, time_grid
     model = DiTDH(latent_dim=64, grid=4, width=(96, 128), depth=(4, 2), heads=(3, 4), num_classes=10)
     loss = flow_loss(model, z, y, alpha=shift_alpha(16, 64)).mean()                   # z (B, N, C), y (B,)
     z = sample(model, noise, y, time_grid(50, alpha=1.0), cfg=1.5)                    # (B, N, C)
 
-B batch, N tokens, C latent channels, D width, h w latent grid (N = h w, row by row), t time (0 data, 1
-noise), z latent, x_t = (1 - t) z + t eps, v = eps - z velocity, alpha the schedule shift. File format: end of
-this file.
+Letters are those of rae.py: x_t = (1 - t) z + t eps, v = eps - z.
 """
 
 import math
@@ -24,29 +20,24 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Table 13 of the paper: (width, depth, heads). The head of DiT^DH takes its width and heads from here, G by
-# default.
+# Table 13 of the paper: (width, depth, heads). DiT^DH's head takes its width and heads from here too, from G.
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16),
          "XXL": (1280, 32, 16), "H": (1536, 32, 16), "G": (2048, 40, 16), "T": (2688, 40, 21)}
-
 
 # -------------------------------------------------------------------------------------------------- the model
 
 def sincos_2d(dim, grid):
-    """2-D sin-cos positions (N, dim): half of the channels for the column, half for the row, each
-    concat(sin, cos) at frequencies 10000^(-i / (dim / 4))."""
+    """2-D sin-cos positions (N, dim): first half of the channels for the column, second for the row."""
     freq = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * freq                   # (grid, dim / 4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)                               # (grid, dim / 2)
     return torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], dim=1).float()
-
 
 class TokenLinear(nn.Conv2d):
     """Linear map of tokens (B, N, C) -> (B, N, D), stored as a 1x1 convolution, as in the released files."""
 
     def forward(self, x):
         return F.linear(x, self.weight.flatten(1), self.bias)
-
 
 class Rope(nn.Module):
     """2-D rotary positions: the first half of each head turns with the row, the second with the column."""
@@ -66,7 +57,6 @@ class Rope(nn.Module):
         sign = torch.tensor([-1.0, 1.0], device=x.device).repeat(x.shape[-1] // 2)
         return torch.addcmul(x * self.freqs_cos, swapped, self.freqs_sin * sign)
 
-
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -80,7 +70,6 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))                                # (B, N, D)
 
-
 class SwiGLU(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -92,14 +81,11 @@ class SwiGLU(nn.Module):
         gate, up = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * up)
 
-
 def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
-
 def modulation(width, n):
     return nn.Sequential(nn.SiLU(), nn.Linear(width, n * width))
-
 
 class Block(nn.Module):
     """Block with adaptive norms; the condition c is (B, 1, D) in the backbone, (B, N, D) in the head."""
@@ -117,7 +103,6 @@ class Block(nn.Module):
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)      # (B, N, D)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))          # (B, N, D)
 
-
 class TimeEmbedder(nn.Module):
     """t (B,) -> (B, D) by 256 random frequencies and a small MLP."""
 
@@ -130,7 +115,6 @@ class TimeEmbedder(nn.Module):
         angle = 2 * math.pi * t[:, None].float() * self.W                             # (B, 256)
         return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
 
-
 class FinalLayer(nn.Module):
     def __init__(self, width, latent_dim):
         super().__init__()
@@ -142,13 +126,11 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))                # (B, N, C)
 
-
 class DiTDH(nn.Module):
-    """DiT^DH (section 5, Fig. 5) or, with a head depth of 0, the plain DiT.
+    """DiT^DH (section 5, Fig. 5) or, with a head depth of 0, the plain DiT; released parameter names.
 
     latent_dim is C, grid the latent's side (N = grid * grid); width, depth and heads are pairs (backbone,
-    head). Labels run from 0 to num_classes - 1, and num_classes is the null label. Parameters bear the
-    released names."""
+    head). Labels run from 0 to num_classes - 1, and num_classes is the null label."""
 
     def __init__(self, latent_dim, grid, width, depth, heads, num_classes):
         super().__init__()
@@ -212,18 +194,15 @@ class DiTDH(nn.Module):
             x = block(x, s, self.dec_feat_rope)                                       # (B, N, D_head)
         return self.final_layer(x, s)                                                 # (B, N, C)
 
-
 # --------------------------------------------------------------------------------------------------- the flow
 
 def shift_alpha(num_tokens, channels):
     """alpha = sqrt(N C / 4096), at least 1: more dimensions need more noise to hide an image (4.2)."""
     return max(1.0, math.sqrt(num_tokens * channels / 4096))
 
-
 def shift_time(t, alpha):
     """t' = alpha t / (1 + (alpha - 1) t), section 4.2; keeps 0 and 1, moves all between towards the noise."""
     return alpha * t / (1 + (alpha - 1) * t)
-
 
 def draw_time(u, dist="logit-normal"):
     """Training times from uniform u (B,), before the shift: logit-normal(0, 1) or uniform, <= 0.999."""
@@ -231,26 +210,23 @@ def draw_time(u, dist="logit-normal"):
         return 0.999 * u
     return torch.special.ndtri(u).sigmoid().clamp(max=0.999)
 
+def time_grid(steps, alpha, t_last=0.0, t_first=1.0):
+    """Times of a sampler of `steps` evaluations: steps + 1 points from t_first to t_last, shifted by alpha.
 
-def time_grid(steps, alpha, t_last=0.0):
-    """Times of a sampler of `steps` evaluations: steps + 1 points from 1 down to t_last, shifted by alpha.
-
-    t_last is meant before the shift; steps=49, t_last=0.001 is the released code's "50 steps"."""
-    return shift_time(1 - torch.linspace(0, 1 - t_last, steps + 1, dtype=torch.float64), alpha).float()
-
+    Both are meant before the shift; steps=49, t_last=0.001 is the released code's "50 steps"."""
+    t = t_first - torch.linspace(0, t_first - t_last, steps + 1, dtype=torch.float64)
+    return shift_time(t, alpha).float()
 
 def flow_loss(model, z, y, alpha, t=None, noise=None):
-    """Squared error of the velocity, one mean per sample (B,); J of the paper's appendix.
+    """Squared error of the velocity, one mean per sample (B,) (appendix J), of latents z (B, N, C), labels y.
 
-    z (B, N, C) normalised latents, y (B,), t (B,) before the shift and noise (B, N, C) drawn here unless
-    given."""
+    t (B,), before the shift, and noise (B, N, C) are drawn here unless given."""
     t = draw_time(torch.rand(len(z), device=z.device)) if t is None else t
     noise = torch.randn_like(z) if noise is None else noise
     t = shift_time(t, alpha)
     x_t = (1 - t[:, None, None]) * z + t[:, None, None] * noise                       # (B, N, C)
     v = noise - z                                                                     # (B, N, C)
     return (model(x_t, t, y).float() - v).square().mean(dim=(1, 2))                   # (B,)
-
 
 @torch.no_grad()
 def sample(model, noise, y, grid, cfg=1.0, guide=None, scale=1.0, interval=(0.0, 1.0)):
@@ -277,7 +253,6 @@ def sample(model, noise, y, grid, cfg=1.0, guide=None, scale=1.0, interval=(0.0,
         x = x + (after - now) * v
     return x
 
-
 # --------------------------------------------------------------------------------------------------- the file
 # A model file is a plain state dict in the released names, as model.state_dict() is here, or a checkpoint
 # that nests one under "ema".
@@ -295,48 +270,41 @@ def load_released(state_dict_or_path, heads=None, head_depth=2, where="state dic
     state = file.get("ema", file)
     if "decoder_embed.weight" in state:
         raise ValueError(f"{where}: this is an RAE decoder, not a diffusion model; pass it as --decoder")
-    head_depth = file.get("config", {}).get("depth", (0, head_depth))[1]
 
-    def size(*places):
-        """What most of the given (tensor, axis) say, so that one wrong tensor is the one that is named."""
-        for key, _ in places:
-            if key not in state:
-                raise ValueError(f"{where}: not a diffusion model, tensor {key} is missing")
-        return mode([state[key].shape[axis] for key, axis in places if state[key].ndim > axis] or [4])
+    def size(axis, *names):
+        """What most tensors of these names say, so that one wrong tensor is the one that is named."""
+        votes = [v.shape[axis] for k, v in state.items() if k.endswith(names) and v.ndim > axis]
+        if not votes:
+            raise ValueError(f"{where}: not a diffusion model, tensor {names[0]} is missing")
+        return mode(votes)
 
     wide = any(key.startswith(("s_embedder.", "s_projector.", "dec_feat_rope.")) for key in state)
-    width = (size(("t_embedder.mlp.2.weight", 0), ("y_embedder.embedding_table.weight", 1), ("pos_embed", 2)),
-             size(("final_layer.norm_final.weight", 0), ("final_layer.linear.weight", 1),
-                  ("x_embedder.proj.weight", 0)))
-    latent_dim = size(("final_layer.linear.bias", 0), ("final_layer.linear.weight", 0),
-                      ("x_embedder.proj.weight", 1))
+    width = (size(-1, "t_embedder.mlp.2.weight", "y_embedder.embedding_table.weight", "pos_embed"),
+             size(-1, "final_layer.linear.weight", "final_layer.norm_final.weight",
+                  "final_layer.adaLN_modulation.1.weight"))
     count = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    depth = count - head_depth * wide
+    depth = count - file.get("config", {}).get("depth", (0, head_depth))[1] * wide
     if width[0] != width[1]:
-        depth = sum(size((f"blocks.{i}.norm1.weight", 0), (f"blocks.{i}.norm2.weight", 0),
-                         (f"blocks.{i}.attn.proj.weight", 0)) == width[0] for i in range(count))
+        depth = sum(size(-1, *(f"blocks.{i}.{name}.weight" for name in ("norm1", "norm2", "attn.proj")))
+                    == width[0] for i in range(count))
     heads = (heads, heads) if isinstance(heads, int) else heads
     tables = any("feat_rope." in key for key in state)
     if heads is None and tables:
         names = ("enc_feat_rope", "dec_feat_rope") if wide else ("feat_rope", "feat_rope")
-        heads = []
-        for name, w in zip(names, width):
-            head_dim = size((f"{name}.freqs_cos", 1), (f"{name}.freqs_sin", 1))
-            if w % head_dim:
-                raise ValueError(f"{where}: {name}.freqs_cos has {head_dim} channels, no share of width {w}")
-            heads.append(w // head_dim)
+        heads = [w // size(1, f"{name}.freqs_cos", f"{name}.freqs_sin") for name, w in zip(names, width)]
     elif heads is None:
         heads = [{w: h for w, _, h in SIZES.values()}.get(w) for w in width]
         if None in heads:
             raise ValueError(f"{where}: no RoPE tables and widths {width} of no known size; pass heads")
-    model = DiTDH(latent_dim, math.isqrt(size(("pos_embed", 1))), width, (depth, count - depth), heads,
-                  size(("y_embedder.embedding_table.weight", 0)) - 1)
+    model = DiTDH(size(0, "final_layer.linear.bias", "final_layer.linear.weight"),
+                  math.isqrt(size(1, "pos_embed")), width, (depth, count - depth), heads,
+                  size(0, "y_embedder.embedding_table.weight") - 1)
     if not tables:
         state = state | {k: v for k, v in model.state_dict().items() if "feat_rope." in k}
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
-        raise ValueError(f"{where}: {' '.join(str(e).split())}") from None
-    model.about = {k: v for k, v in file.items()
-                   if k not in ("ema", "model", "optimizer")} if "ema" in file else {}
+        raise ValueError(f"{where}: {' '.join(str(e).split())[:500]}") from None
+    training = ("ema", "model", "optimizer")
+    model.about = {k: v for k, v in file.items() if k not in training} if "ema" in file else {}
     return model.eval()

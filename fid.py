@@ -38,7 +38,6 @@ CHUNK = 5000                                           # images per chunk of the
 BLOCK = 1000                                           # rows and columns of distances held at once
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # of torchrun
 
-
 # ----------------------------------------------------------------------------------------------- the network
 
 def conv(channels, out, kernel, stride=None):
@@ -47,7 +46,6 @@ def conv(channels, out, kernel, stride=None):
     return nn.Sequential(OrderedDict(
         conv=nn.Conv2d(channels, int(out), size, int(stride or 1), padding, bias=False),
         bn=nn.BatchNorm2d(int(out), eps=1e-3), relu=nn.ReLU()))
-
 
 class Mixed(nn.Module):
     """Convolutions as chains "SOURCE NAME channels:kernel ..."; where a chain has several, they are numbered.
@@ -70,7 +68,6 @@ class Mixed(nn.Module):
             y[name] = getattr(self, name)(y[source])
         ends = [name for name in (*self.sources, "pool") if name not in self.sources.values()]
         return torch.cat([y[name] for name in ends], 1)
-
 
 class InceptionV3(nn.Module):
     """The 2015 Inception of FID: images (B, 3, 299, 299) in about [-1, 1] -> pool3 features (B, 2048)."""
@@ -115,7 +112,6 @@ class InceptionV3(nn.Module):
         """Class scores (B, 1008) without the bias, as the Inception score wants them."""
         return pool3 @ self.fc.weight.T
 
-
 def resize_adm(x, size=299):
     """TensorFlow 1's bilinear resize of float images (B, 3, H, W): corners not centred, no antialias."""
     for _ in range(2):                                 # the columns, then, transposed, the rows
@@ -126,7 +122,6 @@ def resize_adm(x, size=299):
         x = (a + (b - a) * (at - left)).mT             # (B, 3, 299, H), then (B, 3, 299, 299)
     return x.contiguous()
 
-
 def prepare(images, mode):
     """Pixels of 0 to 255, (B, 3, H, W) or a list of unequal (3, H, W) -> (B, 3, 299, 299) for the network."""
     if isinstance(images, list):
@@ -134,7 +129,6 @@ def prepare(images, mode):
     if mode == "adm":
         return (resize_adm(images.float()) - 128) / 128
     return 2 * F.interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False) - 1
-
 
 def load_inception(path, device, mode="adm"):
     """(network, its features of images as of `prepare`, label) from the published weights file."""
@@ -153,7 +147,6 @@ def load_inception(path, device, mode="adm"):
         raise ValueError(f"{path}: not the Inception weights ({' '.join(str(e).split())[:120]})") from None
     return net, lambda images: net.features(prepare(images, mode)), f"{mode}, inception {sha[:8]}"
 
-
 def load_encoder(features, size, device):
     """The same of "encoder:NAME" of rae.py: its tokens, averaged over the image of `size` pixels."""
     kind, _, name = features.partition(":")
@@ -165,11 +158,9 @@ def load_encoder(features, size, device):
     encoder = build_encoder(name, int(size)).to(device)
     return None, lambda x: (encoder(x.float() / 255).mean(1),), f"encoder {name} {encoder.fingerprint[:8]}"
 
-
 def warn(text):
     if RANK == 0:
         print(f"warning: {text}", file=sys.stderr)
-
 
 # ------------------------------------------------------------------------------------------------- the images
 
@@ -214,7 +205,6 @@ class Images:
             batch = [self.read(i) for i in range(first, min(first + size, num))]
             yield first, torch.stack(batch) if len({x.shape for x in batch}) == 1 else batch
 
-
 def read_npz(path, *keys):
     """Those of the named arrays that an .npz has; the others, which may be large, are not read."""
     if not path.is_file():
@@ -228,7 +218,6 @@ def read_npz(path, *keys):
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"{path}: {key} holds numbers that are not finite")
     return arrays
-
 
 # ------------------------------------------------------------------------------------------------ the numbers
 
@@ -244,14 +233,12 @@ class Moments:
         mu = self.total / self.n
         return mu.numpy(), ((self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)).numpy()
 
-
 def gathered(x):
     """x of every process, by rank."""
     parts = [x] * WORLD
     if WORLD > 1:
         dist.all_gather_object(parts, x)
     return parts
-
 
 @torch.no_grad()
 def statistics(images, features, num, batch, device, net=None, metrics=("fid",)):
@@ -285,20 +272,17 @@ def statistics(images, features, num, batch, device, net=None, metrics=("fid",))
         result["pool3"] = rows.view(-1, 2048)[:num]
     return result
 
-
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 sqrt(sigma1 sigma2)) of float64 arrays (D,), (D, D)."""
     mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
     root = np.sqrt(np.linalg.eigvals(sigma1 @ sigma2).astype(np.complex128)).real.sum()
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root)
 
-
 def inception_score(chunks, num):
     """exp(H(p(y)) - H(p(y|x))), averaged over chunks of 5,000 images; the sums are those of `statistics`."""
     n = torch.tensor([min(CHUNK, num - CHUNK * i) for i in range(len(chunks))], dtype=torch.float64)
     mean = chunks / n[:, None]
     return (torch.special.entr(mean[:, :-1]).sum(1) - mean[:, -1]).exp().mean().item()
-
 
 def precision_recall(samples, references):
     """Share of samples inside some reference's ball, and of references inside some sample's; rows (n, D).
@@ -323,7 +307,6 @@ def precision_recall(samples, references):
         recalled[j] |= (d <= of_sample[i, None]).any(0)
     return precise.double().mean().item(), recalled.double().mean().item()
 
-
 class Side:
     """One side of a score: the numbers that its file holds, and the images for metrics that need more."""
 
@@ -336,7 +319,6 @@ class Side:
         if self.missing:
             self.images = Images(source, crop) if isinstance(source, str) else source
             self.n, self.size = min(num or len(self.images), len(self.images)), str(self.images.size)
-
 
 def score(samples, reference, features="inception", metrics=("fid",), mode="adm", weights=None, num=0,
           batch=64, crop=None, device="cpu"):
@@ -378,7 +360,6 @@ def score(samples, reference, features="inception", metrics=("fid",), mode="adm"
         where = device if torch.device(device).type == "cuda" else "cpu"
         out["precision"], out["recall"] = precision_recall(*(s.numbers["pool3"].to(where) for s in sides))
     return out | dict(num=sides[0].n, label=label, images_per_s=rate)
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
@@ -427,7 +408,6 @@ def main():
     num, label, rate = (result.pop(k) for k in ("num", "label", "images_per_s"))
     print("  ".join(f"{k} {v:.4f}" for k, v in result.items())
           + f"  (N={num}, {label}, float32, reference {args.reference})  {rate:.0f} images/s")
-
 
 if __name__ == "__main__":
     try:

@@ -9,8 +9,6 @@ Letters, the same in every file:
     B batch      N tokens = h w     C latent channels    D width    H W pixels    h w latent grid    p patch
     t time, 0 data to 1 noise       z latent        x_t = (1 - t) z + t eps    v = eps - z    eps ~ N(0, I)
     alpha schedule shift            tau the decoder's latent noise
-
-In order: images, encoder, decoder, both together, files, what the training loops share.
 """
 
 import argparse
@@ -22,7 +20,7 @@ import pickle
 import signal
 import sys
 import time
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from statistics import mode
 
@@ -36,13 +34,13 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # of torchrun
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
-
 
 # ----------------------------------------------------------------------------------------------------- images
 
 def center_crop(image, size, short=None, rng=None):
-    """The centre size x size of a PIL image whose short side became `short` (default: size), as ADM does it:
+    """Centre of a PIL image, size x size, after its short side became `short` (default: size) as ADM does it:
     halved by BOX while twice that, then BICUBIC. With a generator the square is anywhere."""
     short = short or size
     while min(image.size) >= 2 * short:
@@ -53,59 +51,53 @@ def center_crop(image, size, short=None, rng=None):
     left, top = (int(rng.integers(r + 1)) if rng else r // 2 for r in room)
     return image.crop((left, top, left + size, top + size))
 
-
 def to_uint8(images):
     """Float images in [0, 1] to uint8 by rounding; the released code truncates, half a grey level darker."""
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
+def read_image(path, size, short=None, rng=None):
+    """(3, size, size) uint8 of an image file, cropped."""
+    try:
+        image = Image.open(path).convert("RGB")
+    except Exception as e:                             # PIL raises half a dozen kinds for broken files
+        raise ValueError(f"{path}: not readable as an image ({e}); remove it") from None
+    return np.asarray(center_crop(image, size, short, rng)).transpose(2, 0, 1)
 
 class ImageFolder:
     """Images below a folder. Its folders are the classes, in sorted order; a flat folder is one class.
 
-    Whatever PIL opens becomes RGB (alpha is dropped). An image that cannot be read stops the run with its
-    name: to skip it would silently change which images a step sees. ValueError if the folder is missing or
-    has no images."""
+    With `short` crops are random, from a short side of so many pixels. An image that cannot be read stops the
+    run with its name: to skip it would silently change which images a step sees."""
 
     def __init__(self, root, size, short=None):
-        root = Path(root)
-        if not root.is_dir():
-            raise ValueError(f"{root}: no such folder; --data wants a folder of images")
-        self.files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+        self.files = sorted(f for f in Path(root).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
         if not self.files:
-            raise ValueError(f"{root}: no images in it ({' '.join(sorted(IMAGE_SUFFIXES))})")
+            raise ValueError(f"{root}: no {'images in this' if Path(root).is_dir() else 'such'} folder")
         folders = [f.relative_to(root).parent.as_posix() for f in self.files]
-        self.classes = sorted(set(folders))
-        number = {name: i for i, name in enumerate(self.classes)}
-        self.labels = np.array([number[f] for f in folders])
-        self.size, self.short = size, short        # short: side before the random crop, None for centre crops
+        classes, self.labels = np.unique(folders, return_inverse=True)
+        self.classes = classes.tolist()
+        self.size, self.short = size, short
 
     def __len__(self):
         return len(self.files)
 
     def load(self, index, rng, flip=False):
         """(3, H, W) uint8."""
-        try:
-            image = Image.open(self.files[index]).convert("RGB")
-        except Exception as e:                         # PIL raises half a dozen kinds for broken files
-            raise ValueError(f"{self.files[index]}: not readable as an image ({e}); remove it") from None
-        image = center_crop(image, self.size, self.short, rng if self.short else None)
-        return np.asarray(image).transpose(2, 0, 1)[:, :, ::-1 if flip else 1]
+        image = read_image(self.files[index], self.size, self.short, rng if self.short else None)
+        return image[:, :, ::-1 if flip else 1]
 
     def fingerprint(self):
-        """Hash of the files' names, sizes and times of change, and of the crop; pixels are not read."""
+        """Hash of the files' names, sizes and times of change, and of the crop."""
         about = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files], self.size, self.short
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-
 
 def spread(data, n):
     """Indices of up to n images of a data set, evenly spread over it."""
     return np.linspace(0, len(data) - 1, min(n, len(data))).astype(int)
 
-
 def read_images(data, indices, device):
     """Centre crops (n, 3, H, W) in [0, 1] of the images of those numbers."""
     return torch.from_numpy(np.stack([data.load(i, None) for i in indices])).to(device).float() / 255
-
 
 def open_data(data, size, split="train", short=None):
     """--data as a data set, with classes, labels, fingerprint() and load(index, rng, flip)."""
@@ -113,7 +105,6 @@ def open_data(data, size, split="train", short=None):
         from assets.toy_world import ToyShapes
         return ToyShapes(split, size)
     return ImageFolder(data, size, short)
-
 
 # ------------------------------------------------------------------------------------------------ the encoder
 
@@ -129,7 +120,6 @@ ENCODERS = {
 }
 UNUSED = ("head.", "fc_norm.", "attn_pool.")            # parts of a ViT that an encoder never runs
 
-
 def fingerprint(tensors):
     """Short hash of a dict of tensors: what a decoder is bound to, and what a diffusion model."""
     digest = hashlib.sha256()
@@ -137,13 +127,11 @@ def fingerprint(tensors):
         digest.update(key.encode() + value.detach().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-
 class Encoder(nn.Module):
     """A frozen timm VisionTransformer as a latent space: images (B, 3, H, W) in [0, 1] -> tokens (B, N, C).
 
-    input_size is the side that the ViT sees; mean and std are per colour. antialias is for resizing the ViT's
-    positions to its grid: the released code resizes MAE's and SigLIP2's without. The last LayerNorm loses its
-    affine weights and prefix tokens are dropped (appendix C). Takes over `vit` and never trains it."""
+    input_size is the side that the ViT sees. Its positions are resized, as released without antialias for MAE
+    and SigLIP2; its last norm loses its weights and prefix tokens are dropped (appendix C)."""
 
     def __init__(self, vit, input_size, mean, std, antialias=True):
         super().__init__()
@@ -153,17 +141,15 @@ class Encoder(nn.Module):
             raise ValueError(f"encoder input {input_size} is not a multiple of its patch {patch}")
         self.input_size, self.grid, self.dim = input_size, input_size // patch, vit.embed_dim
         self.image_size = input_size                   # of the images; build_encoder knows better
-        self.loaded = {}                               # what the file said before it is resized below
         if vit.pos_embed is not None:
-            self.loaded["pos_embed"] = vit.pos_embed.detach()
             prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
             vit.pos_embed = nn.Parameter(resample_abs_pos_embed(
                 vit.pos_embed.detach(), [self.grid] * 2, num_prefix_tokens=prefix, antialias=antialias))
         vit.patch_embed.set_input_size((input_size, input_size))
         vit.norm = nn.LayerNorm(self.dim, eps=getattr(vit.norm, "eps", 1e-6), elementwise_affine=False)
         self.vit = vit
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
@@ -171,9 +157,8 @@ class Encoder(nn.Module):
 
     @cached_property
     def fingerprint(self):
-        """Hash of the weights in use as their file had them, whatever the image size."""
-        state = self.vit.state_dict() | self.loaded
-        return fingerprint({k: v for k, v in state.items() if not k.startswith(UNUSED)})
+        """Hash of the weights in use."""
+        return fingerprint({k: v for k, v in self.vit.state_dict().items() if not k.startswith(UNUSED)})
 
     def forward(self, images):
         if images.shape[-1] != self.input_size:
@@ -181,41 +166,33 @@ class Encoder(nn.Module):
         tokens = self.vit.forward_features((images - self.mean) / self.std)           # (B, prefix + N, C)
         return tokens[:, self.vit.num_prefix_tokens:]                                 # (B, N, C)
 
-
 def load_timm(model, weights, flag, unused=(), **extra):
-    """A timm model with pretrained weights: fetched, or from a local file in timm's names.
-
-    ValueError where neither is to be had (it names the flag of the file) or where a tensor is wrong; the
-    unused ones may be missing."""
+    """A timm model with weights fetched or from a file in timm's names, where those `unused` may be missing.
+    ValueError where neither is to be had (it names the flag of the file) or a tensor is wrong."""
     import timm
-    if not timm.is_model(model):
-        raise ValueError(f"timm has no model {model}")
     try:
         net = timm.create_model(model, pretrained=weights is None, num_classes=0, **extra)
-    except TypeError:                                  # an argument that only a ViT takes
-        raise ValueError(f"{model} is not a plain ViT") from None
+    except (RuntimeError, TypeError) as e:             # no such model, or one without a ViT's arguments
+        raise ValueError(f"timm cannot build a plain ViT {model} ({str(e).splitlines()[0]})") from None
     except Exception as e:                        # the hub client raises a dozen kinds of errors when offline
         raise ValueError(f"the weights of {model} cannot be fetched ({type(e).__name__}); download them "
                          f"elsewhere and pass {flag} FILE") from None
     if weights is not None:
         state = {k: v for k, v in read_file(weights).items() if not k.startswith(unused)}
-        load_strict(net, state, weights, ignore=unused)
+        load_strict(net, {k: v for k, v in net.state_dict().items() if k.startswith(unused)} | state, weights)
     return net
 
-
 def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
-    """Encoder by name: one of ENCODERS, "toy", "timm:MODEL", or a file written by assets/pretrain_encoder.py.
+    """Encoder by name: one of ENCODERS, toy, timm:MODEL, or a file written by assets/pretrain_encoder.py.
 
-    weights: a local file in timm's names (.pt, .pth, .safetensors) instead of the download; flag names it in
-    errors."""
+    weights: a local file in timm's names instead of the download; errors name its flag."""
     from timm.models.vision_transformer import VisionTransformer
     if name not in ENCODERS and not name.startswith("timm:"):
         path = ASSETS / "toy_encoder.pt" if name == "toy" else Path(name)
-        if not path.is_file():
-            raise ValueError(f"encoder {name}: no such file, nor toy, timm:MODEL, {', '.join(ENCODERS)}")
-        file = read_file(path)
+        file = read_file(path) if path.is_file() else {}
         if "vit" not in file:
-            raise ValueError(f"encoder {name}: not an encoder file of assets/pretrain_encoder.py")
+            raise ValueError(f"encoder {name}: {'not an encoder' if file else 'no such'} file of "
+                             f"assets/pretrain_encoder.py, nor toy, timm:MODEL, {', '.join(ENCODERS)}")
         vit = VisionTransformer(**file["vit"])
         load_strict(vit, file["state_dict"], name)
         return Encoder(vit, image_size, file["mean"], file["std"])
@@ -231,20 +208,18 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
     encoder.image_size = image_size
     return encoder
 
-
 # ------------------------------------------------------------------------------------------------ the decoder
 
 # (width, depth, heads, MLP dim); the published decoder is XL, whose MLP is narrower than 4 x width.
 DECODERS = {"toy": (128, 3, 4, 512), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096),
             "XL": (1152, 28, 16, 4096)}
 
+def dense(n, out):
+    return nn.ModuleDict({"dense": nn.Linear(n, out)})
 
 class DecoderBlock(nn.Module):
     def __init__(self, width, heads, mlp_dim):
         super().__init__()
-
-        def dense(n, out):
-            return nn.ModuleDict({"dense": nn.Linear(n, out)})
         self.heads = heads
         qkv = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
         self.layernorm_before = nn.LayerNorm(width, eps=1e-12)
@@ -260,7 +235,6 @@ class DecoderBlock(nn.Module):
         x = x + self.attention["output"]["dense"](h)                                  # (B, 1 + N, D)
         return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
 
-
 class Decoder(nn.Module):
     """MAE-style ViT: raw tokens (B, N, C) -> images (B, 3, H, W) in the encoder's normalised colours.
 
@@ -273,10 +247,9 @@ class Decoder(nn.Module):
         self.config = dict(latent_dim=latent_dim, grid=grid, patch_size=patch_size, width=width, depth=depth,
                            heads=heads, mlp_dim=mlp_dim)
         self.latent_dim, self.grid, self.patch_size = latent_dim, grid, patch_size
-        positions = torch.cat([torch.zeros(1, width), sincos_2d(width, grid)])
         self.decoder_embed = nn.Linear(latent_dim, width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder_pos_embed = nn.Parameter(positions[None])
+        self.decoder_pos_embed = nn.Parameter(F.pad(sincos_2d(width, grid), (0, 0, 1, 0))[None])   # cls at 0
         self.decoder_layers = nn.ModuleList([DecoderBlock(width, heads, mlp_dim) for _ in range(depth)])
         self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
         self.decoder_pred = nn.Linear(width, patch_size ** 2 * 3)
@@ -291,7 +264,6 @@ class Decoder(nn.Module):
         x = x.view(-1, self.grid, self.grid, self.patch_size, self.patch_size, 3)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                   # (B, 3, H, W)
 
-
 def sincos_2d(dim, grid):
     """2-D sin-cos positions (N, dim): first half of the channels for the column, second for the row."""
     freq = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
@@ -299,26 +271,23 @@ def sincos_2d(dim, grid):
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)                               # (grid, dim / 2)
     return torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], dim=1).float()
 
-
 # ---------------------------------------------------------------------------------------------- both together
 
 class RAE(nn.Module):
     """Encoder and decoder with the latent's statistics between them.
 
-    mean, var: (C, h, w) as in a released stat.pt, over the training set, one per position and channel; None
-    leaves the tokens as they are. tau: strength of the noise that the decoder is trained on (section 4.3), in
-    train() mode only: sigma = tau U(0, 1) per image ("uniform", as released) or |N(0, tau^2)| ("half-normal",
-    the paper)."""
+    mean, var: (C, h, w) over the training set as in a released stat.pt, one per position and channel; None
+    leaves the tokens as they are. tau: noise that the decoder is trained on (4.3), in train() mode only:
+    sigma = tau U(0, 1) per image ("uniform", as released) or |N(0, tau^2)| ("half-normal", the paper)."""
 
     def __init__(self, encoder, decoder, mean=None, var=None, tau=0.0, noise_dist="uniform"):
         super().__init__()
-        for what, a, b in (("channels", decoder.latent_dim, encoder.dim),
-                           ("grid", decoder.grid, encoder.grid)):
-            if a != b:
-                raise ValueError(f"decoder and encoder do not fit: {what} {a} (decoder) and {b} (encoder)")
         shape = encoder.dim, encoder.grid, encoder.grid
+        if (decoder.latent_dim, decoder.grid) != shape[:2]:
+            raise ValueError(f"decoder and encoder do not fit: channels {decoder.latent_dim} and "
+                             f"{encoder.dim}, grid {decoder.grid} and {encoder.grid}")
         for name, stat in (("mean", mean), ("var", var)):
-            if stat is not None and tuple(stat.shape) != shape:
+            if stat is not None and stat.shape != shape:
                 raise ValueError(f"statistics {name} have shape {tuple(stat.shape)}, not {shape}")
         self.encoder, self.decoder, self.tau, self.noise_dist = encoder, decoder, tau, noise_dist
         mean = torch.zeros(shape) if mean is None else mean
@@ -355,51 +324,36 @@ class RAE(nn.Module):
         """Normalised latents (B, N, C) -> images (B, 3, H, W), about [0, 1], not clamped."""
         return self.draw(z * self.std + self.mean)
 
-
-def encoded(encoder, data, batch_size, device, rank=0, world=1):
+def encoded(encoder, data, batch_size, device):
     """Raw tokens of all centre crops of a data set, as they are and flipped: (indices (b,), flip, (b, N, C)),
     this process's share."""
-    mine = range(rank, len(data), world)
+    mine = range(RANK, len(data), WORLD)
     for start in progress(range(0, len(mine), batch_size), batch_size):
         chosen = mine[start:start + batch_size]
         images = read_images(data, chosen, device)                                    # (b, 3, H, W)
         for flip in (0, 1):
             yield chosen, flip, encoder(images.flip(-1) if flip else images).float()
 
-
-def latent_statistics(encoder, data, batch_size, device, rank=0, world=1):
+def latent_statistics(encoder, data, batch_size, device):
     """Exact mean and population variance (C, h, w) of the tokens of a data set, centre crops in both flips.
 
     One pass in float64. The released running average depends on the order and is wrong on small sets."""
     sums = torch.zeros(2, encoder.grid ** 2, encoder.dim, dtype=torch.float64)
-    for *_, tokens in encoded(encoder, data, batch_size, device, rank, world):
+    for *_, tokens in encoded(encoder, data, batch_size, device):
         tokens = tokens.cpu().double()                                                # (b, N, C)
         sums += torch.stack([tokens.sum(0), tokens.square().sum(0)])
-    parts = [sums] * world
-    if world > 1:
+    parts = [sums] * WORLD
+    if WORLD > 1:
         dist.all_gather_object(parts, sums)
     mean, square = sum(parts) / (2 * len(data))
     var = (square - mean ** 2).clamp(min=0)
     return [s.T.unflatten(1, (encoder.grid, encoder.grid)).float() for s in (mean, var)]
 
-
 # ------------------------------------------------------------------------------------------------------ files
 # A decoder file is a plain state dict in the released names, or a checkpoint of train_decoder.py, which nests
 # one under "ema" beside "mean" and "var" (C, h, w), the encoder's name and its hash, never the encoder.
 
-RELEASED = {
-    "dinov2-b": ("decoders/dinov2/wReg_base/ViTXL_n08/model.pt", "stats/dinov2/wReg_base/imagenet1k/stat.pt"),
-    "dinov2-b-512": ("decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt",
-                     "stats/dinov2/wReg_base/imagenet1k_512/stat.pt"),
-    "mae-b": ("decoders/mae/base_p16/ViTXL_n08/model.pt", "stats/mae/base_p16/ImageNet1k/stat.pt"),
-    "siglip2-b": ("decoders/siglip2/base_p16_i256/ViTXL_n08/model.pt",
-                  "stats/siglip2/base_p16_i256/ImageNet1k/stat.pt"),
-    "DiTDH-XL-256": ("DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt",),
-    "DiTDH-S-256": ("DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-S_ep14/stage2_model.pt",),
-    "DiTDH-XL-512": ("DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-XL_ep400/stage2_model.pt",),
-    "DiTDH-S-512": ("DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-S_ep20/stage2_model.pt",),
-}
-
+RELEASED = json.loads((ASSETS / "released.json").read_text())     # name: [file] or [decoder, statistics]
 
 def load_released_decoder(state_dict_or_path, heads=None):
     """Decoder from a state dict or file in the released names; its sizes are read from the shapes.
@@ -409,48 +363,37 @@ def load_released_decoder(state_dict_or_path, heads=None):
     file, where = state_dict_or_path, "state dict"
     if not isinstance(file, dict):
         file, where = read_file(file), str(file)
-    heads = heads or file.get("config", {}).get("heads")
     state = file.get("ema", file)
     if any(key.startswith("blocks.") for key in state):
         raise ValueError(f"{where}: this is a diffusion model, not an RAE decoder")
 
-    def size(*places):
-        """What most of the given (tensor, axis) say, so that one wrong tensor is the one that is named."""
-        for key, _ in places:
-            if key not in state:
-                raise ValueError(f"{where}: not an RAE decoder, tensor {key} is missing")
-        return mode([state[key].shape[axis] for key, axis in places if state[key].ndim > axis] or [4])
+    def size(axis, *names):
+        """What most tensors of these names say, so that one wrong tensor is the one that is named."""
+        votes = [v.shape[axis] for k, v in state.items() if k.endswith(names) and v.ndim > axis]
+        if not votes:
+            raise ValueError(f"{where}: not an RAE decoder, tensor {names[0]} is missing")
+        return mode(votes)
 
-    width = size(("decoder_norm.weight", 0), ("decoder_pos_embed", 2), ("decoder_embed.weight", 0))
-    pixels = size(("decoder_pred.bias", 0), ("decoder_pred.weight", 0))
-    tokens = size(("decoder_pos_embed", 1)) - 1
-    first = "decoder_layers.0."
+    width = size(0, "decoder_norm.weight", "layernorm_before.weight", "layernorm_after.weight")
+    heads = heads or file.get("config", {}).get("heads")
     heads = heads or {w: h for w, _, h, _ in DECODERS.values()}.get(width)
     if heads is None:
         raise ValueError(f"{where}: a decoder of width {width} is of no known size; pass heads")
-    depth = len({key.split(".")[1] for key in state if key.startswith("decoder_layers.")})
-    mlp_dim = size((first + "intermediate.dense.bias", 0), (first + "intermediate.dense.weight", 0),
-                   (first + "output.dense.weight", 1))
-    decoder = Decoder(size(("decoder_embed.weight", 1)), math.isqrt(tokens), math.isqrt(pixels // 3), width,
-                      depth, heads, mlp_dim)
+    decoder = Decoder(size(1, "decoder_embed.weight"), math.isqrt(size(1, "decoder_pos_embed") - 1),
+                      math.isqrt(size(0, "decoder_pred.bias", "decoder_pred.weight") // 3), width,
+                      len({k.split(".")[1] for k in state if k.startswith("decoder_layers.")}), heads,
+                      size(0, "intermediate.dense.weight", "intermediate.dense.bias"))
     load_strict(decoder, state, where)
     training = ("ema", "model", "optimizer", "discriminator", "optimizer_d")
     decoder.about = {k: v for k, v in file.items() if k not in training} if "ema" in file else {}
     return decoder.eval()
 
-
-def load_strict(module, state, where, ignore=()):
-    """Copy `state` into a module; ValueError names a missing, unexpected or misshapen tensor."""
-    target = module.state_dict()
-    wrong = [f"{k} is missing" for k in target if k not in state and not k.startswith(ignore)]
-    wrong += [f"{k} is unexpected" for k in state if k not in target]
-    wrong += [f"{k} has shape {tuple(state[k].shape)}, not {tuple(v.shape)}"
-              for k, v in target.items() if k in state and state[k].shape != v.shape]
-    if wrong:
-        raise ValueError(f"{where}: " + "; ".join(wrong[:4]) + ("; ..." if wrong[4:] else ""))
-    for key, value in state.items():
-        target[key].copy_(value)
-
+def load_strict(module, state, where):
+    """Copy `state` into a module; ValueError names missing, unexpected and misshapen tensors."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"{where}: {' '.join(str(e).split())[:500]}") from None
 
 def read_file(path):
     """Tensors and plain values of a .pt or .safetensors file; code in a pickle is refused, never run."""
@@ -460,15 +403,11 @@ def read_file(path):
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
-        file = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: holds more than tensors and is refused, since it could run code") from None
     except Exception as e:                       # torch and safetensors raise a dozen kinds for a broken file
         raise ValueError(f"{path}: cannot be read, truncated? ({type(e).__name__})") from None
-    if not isinstance(file, dict):
-        raise ValueError(f"{path}: holds a {type(file).__name__}, not named tensors")
-    return file
-
 
 def released_file(name, kind=0):
     """Local path of released:NAME (fetched once from Hugging Face), of "toy", or of a path."""
@@ -477,13 +416,12 @@ def released_file(name, kind=0):
     if name[9:] not in RELEASED:
         raise ValueError(f"{name}: not released; names are {', '.join(RELEASED)}")
     from huggingface_hub import hf_hub_download
-    file = RELEASED[name[9:]][kind]
+    repository, file = "nyu-visionx/RAE-collections", RELEASED[name[9:]][kind]
     try:
-        return hf_hub_download("nyu-visionx/RAE-collections", file)
+        return hf_hub_download(repository, file)
     except Exception as e:
-        raise ValueError(f"{name}: cannot be fetched ({type(e).__name__}); download {file} of "
-                         f"huggingface.co/nyu-visionx/RAE-collections elsewhere and pass its path") from None
-
+        raise ValueError(f"{name}: cannot be fetched ({type(e).__name__}); download {file} of huggingface.co/"
+                         f"{repository} elsewhere and pass its path") from None
 
 def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cpu"):
     """RAE of a decoder: a checkpoint of train_decoder.py, "released:NAME", or a released file.
@@ -507,68 +445,51 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
         raise ValueError(f"{stats or name}: no latent statistics (var, mean) in it; pass --stats FILE")
     return RAE(frozen, decoder, stat.get("mean"), stat["var"]).to(device).eval().requires_grad_(False)
 
-
 # ------------------------------------------------------------------------------ what the training loops share
-# Every random draw is a function of (seed, step, position in the global batch) and the data order of (seed,
+# Every random draw is a function of (seed, step, position in the global batch), and the data order of (seed,
 # epoch): nothing random is stored, a resumed run is exact, and one process and eight do the same run.
 
 def keyed_numpy(*key):
-    """A numpy generator that is a function of its integer key. The length goes first: to numpy (a, b) and
-    (a, b, 0) are one seed."""
+    """Numpy generator of integers. Their count goes first: to numpy (a, b) and (a, b, 0) are one seed."""
     return np.random.default_rng((len(key), *key))
-
 
 def keyed(device, *key):
     """A torch generator likewise."""
     return torch.Generator(device).manual_seed(int(keyed_numpy(*key).integers(2 ** 63)))
 
-
 def keyed_noise(keys, shape, device):
     """Standard normal (len(keys), *shape), each row from its own key."""
     return torch.stack([torch.randn(shape, generator=keyed(device, *key), device=device) for key in keys])
 
+@lru_cache(2)
+def epoch_order(seed, epoch, n):
+    return keyed_numpy(seed, epoch).permutation(n)
 
 class Batches(torch.utils.data.Dataset):
     """Item s is this process's share of step s: images (b, 3, H, W) uint8 and labels (b,).
 
     rows are the share's positions in the global batch, parts its micro-batches of up to `micro` images."""
 
-    def __init__(self, data, batch_size, seed, flip, rank, world, micro=None):
+    def __init__(self, data, batch_size, seed, flip, micro=None, rank=RANK, world=WORLD):
         if batch_size % world:
             raise ValueError(f"--batch-size {batch_size} (global) cannot be split over {world} processes")
         self.data, self.batch_size, self.seed, self.flip = data, batch_size, seed, flip
         share = batch_size // world
         self.rows = range(rank * share, (rank + 1) * share)
         self.parts = [slice(i, min(i + (micro or share), share)) for i in range(0, share, micro or share)]
-        self.epoch, self.order = None, None
-
-    def index(self, position):
-        epoch, offset = divmod(position, len(self.data))
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.order = keyed_numpy(self.seed, epoch).permutation(len(self.data))
-        return self.order[offset]
 
     def __getitem__(self, step):
-        indices, images = [self.index(step * self.batch_size + row) for row in self.rows], []
-        for index, row in zip(indices, self.rows):
+        indices, images, n = [], [], len(self.data)
+        for row in self.rows:
+            epoch, place = divmod(step * self.batch_size + row, n)
             rng = keyed_numpy(self.seed, step, row)
-            images.append(self.data.load(index, rng, self.flip and rng.random() < 0.5))
+            indices.append(epoch_order(self.seed, epoch, n)[place])
+            images.append(self.data.load(indices[-1], rng, self.flip and rng.random() < 0.5))
         return torch.from_numpy(np.stack(images)), torch.from_numpy(self.data.labels[indices])
-
-
-def loader(batches, first, args):
-    """Iterator over the steps from `first` on, read ahead by --workers processes."""
-    return iter(torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(first, args.steps), num_workers=args.workers,
-        prefetch_factor=4 if args.workers else None, pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_interrupts))
-
 
 def ignore_interrupts(worker):
     """Ctrl-C reaches the workers too; they must live until the main process has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
 
 def positive(text):
     """argparse type of a whole number above 0."""
@@ -576,14 +497,12 @@ def positive(text):
         raise argparse.ArgumentTypeError(f"{text}: not a whole number above 0")
     return int(text)
 
-
 def training_flags(p):
     """What both loops are asked."""
     p.add_argument("--data", help="toy, or a folder of images (its folders are the classes)")
     p.add_argument("--encoder-weights", help="local file of the encoder's weights, timm's names")
     p.add_argument("--init", help="start from these weights: a checkpoint or released:NAME")
-    p.add_argument("--resume", choices=["auto", "never"], default="auto",
-                   help="auto: go on with the run in --out")
+    p.add_argument("--resume", choices=["auto", "never"], default="auto", help="auto: go on with a run")
     p.add_argument("--steps", type=positive, help="optimiser steps")
     p.add_argument("--batch-size", type=positive, help="images a step, over all processes (paper: 512, 1024)")
     p.add_argument("--micro-batch", type=positive, help="images at once in a process; unset: its whole share")
@@ -596,25 +515,21 @@ def training_flags(p):
     p.add_argument("--save-every", type=positive, help="steps between checkpoints")
     p.add_argument("--workers", type=int, help="processes that read images")
 
-
-def parse(parser, presets):
+def parse(p, presets):
     """Arguments whose defaults are those of --preset; any flag given wins. Adds what every script has."""
-    parser.add_argument("--preset", choices=presets, default="toy", help="all other defaults")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-                        help="auto: bf16 on cuda")
+    p.add_argument("--preset", choices=presets, default="toy", help="all other defaults")
+    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=presets, default="toy")
-    parser.set_defaults(**presets[first.parse_known_args()[0].preset])
-    return parser.parse_args()
-
+    p.set_defaults(**presets[first.parse_known_args()[0].preset])
+    return p.parse_args()
 
 def start(args):
-    """(device, rank, world) of this process, after saying what was chosen.
+    """The device of this process, after saying what was chosen.
 
     One path: under torchrun the group is torchrun's, alone it is a group of one, which needs no port."""
-    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     kind = args.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -632,26 +547,21 @@ def start(args):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", **alone)
-    say(f"{device} x {world}, {args.precision}" + f", TF32 {'on' if tf32 else 'off'}" * (kind == "cuda"))
-    return device, rank, world
-
+    say(f"{device} x {WORLD}, {args.precision}" + f", TF32 {'on' if tf32 else 'off'}" * (kind == "cuda"))
+    return device
 
 def autocast(device, args):
     """bfloat16 matrix products where --precision says so; weights, norms and losses stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-
 def say(text):
     """Print on the first process."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if RANK == 0:
         print(text, flush=True)
-
 
 def progress(steps, batch_size):
     """The steps, on a terminal's first process under a bar with images/s and the time left."""
-    off = int(os.environ.get("RANK", 0)) > 0 or not sys.stderr.isatty()
-    return tqdm(steps, unit="image", unit_scale=batch_size, disable=off)
-
+    return tqdm(steps, unit="image", unit_scale=batch_size, disable=RANK > 0 or not sys.stderr.isatty())
 
 def cli(main):
     """Run a script; a user's mistake ends in one line, and only a fault of ours in a traceback."""
@@ -665,37 +575,15 @@ def cli(main):
         if dist.is_initialized():
             dist.destroy_process_group()
 
-
-class Stop:
-    """SIGTERM or SIGINT came: a loop saves before it ends. A second signal ends it at once."""
-
-    def __init__(self, device):
-        self.now, self.device = False, device
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.catch)
-
-    def catch(self, number, frame):
-        self.now = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def agreed(self):
-        """Whether any process was told to stop, so that all leave the loop at the same step."""
-        now = torch.tensor(float(self.now), device=self.device)
-        average([now])
-        return bool(now)
-
-
 def average(tensors):
-    """Replace each by its mean over the processes, in one call.
+    """Replace each by its mean over the processes, in one call: all of data parallelism here.
 
-    This is all of data parallelism here. DDP would overlap it with the backward pass, and hide how often
-    gradients are summed, and when."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    DDP would overlap it with the backward pass, and hide how often gradients are summed, and when."""
+    if WORLD > 1:
         flat = torch.cat([x.flatten() for x in tensors])
         dist.all_reduce(flat)
-        for x, mean in zip(tensors, (flat / dist.get_world_size()).split([x.numel() for x in tensors])):
+        for x, mean in zip(tensors, (flat / WORLD).split([x.numel() for x in tensors])):
             x.copy_(mean.view_as(x))
-
 
 class Optimizer(torch.optim.AdamW):
     """AdamW as both stages have it, without weight decay; steps only on finite gradients.
@@ -726,127 +614,137 @@ class Optimizer(torch.optim.AdamW):
                              "on from it with --init and another --out, a lower --lr or --precision fp32")
         return norm, fine
 
-
 def update_ema(ema, model, decay, step):
     """ema <- d ema + (1 - d) model, d = min(decay, (1 + step) / (10 + step)): short runs can follow."""
     d = min(decay, (1 + step) / (10 + step))
     for e, p in zip(ema.parameters(), model.parameters()):
         e.data.lerp_(p.data, 1 - d)
 
+class Run:
+    """A training run in --out: its settings, checkpoints, log, and what is due at a step.
 
-def save_checkpoint(out, parts, **about):
-    """Write out/checkpoint.pt by a temporary file, sync and rename: kills and full disks leave a whole one.
+    `saved` is its newest whole checkpoint, or {}. ValueError if the folder holds another run: it names the
+    differences."""
 
-    parts: what has a state_dict, by name. The checkpoint before becomes previous.pt."""
-    path, new = Path(out, "checkpoint.pt"), Path(out, "checkpoint.tmp")
-    try:
-        with open(new, "wb") as f:
-            torch.save(about | {name: part.state_dict() for name, part in parts.items()}, f)
-            f.flush()
-            os.fsync(f.fileno())
-    except (OSError, RuntimeError) as e:               # torch's writer turns a full disk into the latter
-        new.unlink(missing_ok=True)
-        raise ValueError(f"{out}: step {about['step']} cannot be saved ({str(e).splitlines()[0]}); the "
-                         "checkpoint before is kept: make room, and the same command goes on") from None
-    if path.exists():
-        os.replace(path, Path(out, "previous.pt"))
-    os.replace(new, path)
+    def __init__(self, args, kind):
+        free = ("out", "resume", "device", "workers", "micro_batch", "compile", "checkpoint_activations",
+                "eval_every", "eval_num", "eval_sigma", "fid_every", "fid_num", "fid_reference", "inception",
+                "log_every", "sample_every", "save_every")
+        self.args, self.out, self.saved, self.parts, self.stopped = args, Path(args.out), {}, {}, False
+        self.about = dict(kind=kind, settings={k: v for k, v in vars(args).items() if k not in free})
+        paths = [path for path in (self.out / "checkpoint.pt", self.out / "previous.pt") if path.exists()]
+        for path in paths:
+            try:
+                self.saved = self.saved or read_file(path)
+            except ValueError as e:
+                say(f"{e}; trying the one before")
+        found, theirs = self.saved.get("kind"), self.saved.get("settings", {})
+        other = "; ".join(f"{k} {theirs.get(k)} there, {v} here" for k, v in self.about["settings"].items()
+                          if theirs.get(k) != v)
+        for wrong, what in ((paths and args.resume == "never", "a run, and --resume never"),
+                            (paths and not self.saved, "no whole checkpoint"),
+                            (paths and found != kind, f"a {found} run, not a {kind} run"),
+                            (paths and other, f"a run with other settings ({other})")):
+            if wrong:
+                raise ValueError(f"{self.out}: holds {what}; pass another --out")
+        self.first, steps = self.saved.get("step", 0), [None] * WORLD
+        dist.all_gather_object(steps, self.first)
+        if len(set(steps)) > 1:
+            raise ValueError(f"{self.out}: not the same on all nodes (steps {steps}); they must share it")
+        if 0 < self.first < args.steps:
+            say(f"{self.out}: continuing at step {self.first}")
 
+    def restore(self, **parts):
+        """Give the parts, which have a state_dict, what they had in the checkpoint; `save` will save them."""
+        self.parts = parts
+        for name, part in parts.items() if self.saved else ():
+            part.load_state_dict(self.saved.pop(name))
 
-def resume(args, kind):
-    """(The newest whole checkpoint of this very run in --out or {}, the settings that make it this run).
+    def steps(self, batches, device, n):
+        """The steps that are left, then one more at which all that is due has its last turn.
 
-    ValueError if the folder holds something else or a run with other settings; it names the differences."""
-    free = ("out", "resume", "device", "workers", "micro_batch", "compile", "checkpoint_activations",
-            "eval_every", "eval_num", "eval_sigma", "fid_every", "fid_num", "fid_reference", "inception",
-            "log_every", "sample_every", "save_every")
-    settings = {k: v for k, v in vars(args).items() if k not in free}
-    out, run = Path(args.out), {}
-    paths = [path for path in (out / "checkpoint.pt", out / "previous.pt") if path.exists()]
-    if paths and args.resume == "never":
-        raise ValueError(f"{out}: holds a run, and --resume never; remove it or pass another --out")
-    for path in paths:
-        try:
-            run = run or read_file(path)
-        except ValueError as e:
-            say(f"{e}; trying the one before")
-    early = {"log.jsonl", "log.tmp", "pairs.png", "eval.png", "checkpoint.tmp"}    # a run killed at its start
-    if not run and (paths or out.exists() and {f.name for f in out.iterdir()} - early):
-        raise ValueError(f"{out}: not empty, without a whole checkpoint of ours; pass another --out")
-    if run and run.get("kind") != kind:
-        raise ValueError(f"{out}: holds a {run.get('kind')} run, not a {kind} run; pass another --out")
-    other = [f"{k} {run['settings'].get(k)} there, {v} here" for k, v in settings.items()
-             if run and run["settings"].get(k) != v]
-    if other:
-        raise ValueError(f"{out}: holds a run with other settings ({'; '.join(other)}); pass another --out")
-    steps = [None] * dist.get_world_size()
-    dist.all_gather_object(steps, run.get("step"))
-    if len(set(steps)) > 1:
-        raise ValueError(f"{out}: not the same on all nodes (steps {steps}); --out must be a shared folder")
-    if run and run["step"] < args.steps:
-        say(f"{out}: continuing at step {run['step']}")
-    return run, settings
-
-
-def restore(parts, run):
-    """Give the parts their state in a checkpoint of `resume`, which lets go of it: the step to go on from."""
-    for name, part in parts.items() if run else ():
-        part.load_state_dict(run.pop(name))
-    return run.get("step", 0)
-
-
-class Log:
-    """out/log.jsonl, a JSON object a line, also printed; a resumed run drops what it will repeat.
-
-    Between two lines the steps add what they measure to `sums` (n,), and the wait for data is counted."""
-
-    def __init__(self, out, first, n=0, device="cpu"):
-        self.path, self.since, self.sums = Path(out, "log.jsonl"), first, torch.zeros(n, device=device)
-        self.began, self.waited = time.time(), 0
-        if int(os.environ.get("RANK", 0)) == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            old = self.path.read_text().splitlines() if first and self.path.exists() else []
-            new = self.path.with_suffix(".tmp")
+        `sums` (n,) is the loop's, for what it measures between two lines of the log."""
+        args, self.sums, self.logged = self.args, torch.zeros(n, device=device), self.first
+        self.stream = iter(torch.utils.data.DataLoader(
+            batches, batch_size=None, sampler=range(self.first, args.steps), num_workers=args.workers,
+            prefetch_factor=4 if args.workers else None, pin_memory=device.type == "cuda",
+            worker_init_fn=ignore_interrupts))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.stop)
+        if RANK == 0:                                  # the log drops what a resumed run will repeat
+            self.out.mkdir(parents=True, exist_ok=True)
+            path, new = self.out / "log.jsonl", self.out / "log.tmp"
+            old = path.read_text().splitlines() if self.first and path.exists() else []
             new.write_text("".join(f"{line}\n" for line in old
-                                   if line.endswith("}") and json.loads(line)["step"] <= first))
-            os.replace(new, self.path)
+                                   if line.endswith("}") and json.loads(line)["step"] <= self.first))
+            os.replace(new, path)
+        self.began, self.waited = time.time(), 0
+        for self.step in progress(range(self.first, args.steps + 1), args.batch_size):
+            average([stopped := torch.tensor(float(self.stopped), device=device)])    # all leave together
+            self.last = self.step == args.steps or bool(stopped)
+            yield self.step
 
-    def next(self, stream):
-        """The stream's next batch; counts the wait."""
+    def stop(self, number, frame):
+        """SIGTERM or SIGINT came: the loop saves before it ends. A second signal ends it at once."""
+        self.stopped = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def due(self, every):
+        """Whether this step is one of every so many, or the last."""
+        return self.step > self.first and (self.step % every == 0 or self.last)
+
+    def batch(self):
+        """This step's; the wait is counted."""
         began = time.time()
-        batch = next(stream)
+        batch = next(self.stream)
         self.waited += time.time() - began
         return batch
 
-    def means(self, step, args):
-        """(The sums since the last line over steps and processes, what a line says of the pace)."""
+    def means(self):
+        """(The sums since the last call over steps and processes, the pace since then for the log)."""
         average([self.sums])
-        means, seconds = self.sums / (step - self.since), time.time() - self.began
-        rate = (step - self.since) * args.batch_size / seconds
+        steps, seconds = self.step - self.logged, time.time() - self.began
+        means, rate = self.sums / steps, steps * self.args.batch_size / seconds
         pace = dict(images_per_s=rate, waiting=self.waited / seconds,
-                    minutes_left=(args.steps - step) * args.batch_size / rate / 60)
-        self.since, self.sums, self.began, self.waited = step, torch.zeros_like(self.sums), time.time(), 0
+                    minutes_left=(self.args.steps - self.step) * self.args.batch_size / rate / 60)
+        self.sums, self.logged, self.began, self.waited = torch.zeros_like(means), self.step, time.time(), 0
         return means, pace
 
-    def __call__(self, **numbers):
-        if int(os.environ.get("RANK", 0)) == 0:
-            with open(self.path, "a") as f:
+    def log(self, **numbers):
+        """A line of log.jsonl, a JSON object, also printed."""
+        if RANK == 0:
+            numbers = dict(step=self.step) | numbers
+            with open(self.out / "log.jsonl", "a") as f:
                 f.write(json.dumps(numbers) + "\n")
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if not isinstance(v, list)))
 
+    def save(self, **about):
+        """Write checkpoint.pt by a temporary file, sync and rename: kills and full disks leave a whole one.
+
+        The checkpoint before becomes previous.pt."""
+        path, new = self.out / "checkpoint.pt", self.out / "checkpoint.tmp"
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        try:
+            with open(new, "wb") as f:
+                torch.save(self.about | dict(step=self.step) | about | states, f)
+                f.flush()
+                os.fsync(f.fileno())
+        except (OSError, RuntimeError) as e:           # torch's writer turns a full disk into the latter
+            new.unlink(missing_ok=True)
+            raise ValueError(f"{self.out}: step {self.step} cannot be saved ({str(e).splitlines()[0]}); the "
+                             "checkpoint before is kept: make room, and the same command goes on") from None
+        if path.exists():
+            os.replace(path, self.out / "previous.pt")
+        os.replace(new, path)
 
 def save_grid(images, path, columns):
     """Images (B, 3, H, W) in [0, 1] as one PNG, row by row, small ones enlarged to about 64 px."""
-    images = to_uint8(images).cpu().numpy()
-    rows, (_, _, h, w) = math.ceil(len(images) / columns), images.shape
-    sheet = np.full((rows * columns, 3, h + 2, w + 2), 255, np.uint8)
-    sheet[:len(images), :, 1:-1, 1:-1] = images
-    sheet = sheet.reshape(rows, columns, 3, h + 2, w + 2).transpose(0, 3, 1, 4, 2)
-    sheet = sheet.reshape(rows * (h + 2), columns * (w + 2), 3)
-    zoom = max(1, 64 // h)
+    rows, zoom = math.ceil(len(images) / columns), max(1, 64 // images.shape[2])
+    sheet = F.pad(to_uint8(images).cpu(), (1, 1, 1, 1), value=255)                    # (B, 3, h, w)
+    sheet = F.pad(sheet, (0, 0, 0, 0, 0, 0, 0, rows * columns - len(images)), value=255)
+    sheet = sheet.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet.repeat(zoom, 0).repeat(zoom, 1)).save(path)
-
 
 def psnr(a, b):
     """Peak signal-to-noise ratio of images (B, 3, H, W) in [0, 1]: dB of each pair (B,)."""

@@ -26,11 +26,10 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from fid import Moments, frechet_distance, load_inception
-from rae import (DECODERS, RAE, Batches, Decoder, Log, Optimizer, Stop, autocast, average, build_encoder, cli,
-                 keyed, keyed_noise, keyed_numpy, latent_statistics, load_rae, load_released_decoder,
-                 load_strict, load_timm, loader, open_data, parse, positive, progress, psnr, read_file,
-                 read_images, released_file, restore, resume, save_checkpoint, save_grid, say, spread, start,
-                 training_flags, update_ema)
+from rae import (DECODERS, RAE, RANK, WORLD, Batches, Decoder, Optimizer, Run, autocast, average,
+                 build_encoder, cli, keyed, keyed_noise, keyed_numpy, latent_statistics, load_rae,
+                 load_released_decoder, load_strict, load_timm, open_data, parse, positive, psnr, read_file,
+                 read_images, released_file, save_grid, say, spread, start, training_flags, update_ema)
 
 # ImageNet: 2,502 steps an epoch of 1,281,167 images, 16 epochs (Table 12; as released where they differ).
 IMAGENET = dict(data="imagenet/train", encoder="dinov2-b", image_size=256, resize=384, size="XL",
@@ -48,14 +47,11 @@ LPIPS_URL = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/m
              "vgg.pth")
 LPIPS_MD5 = "d507d7349b931f0638a25a48a722f98a"
 
-
 # ----------------------------------------------------------------------------------------- the frozen critics
 
 class VitTaps(nn.Module):
-    """Tokens of a frozen encoder's ViT after each quarter of its blocks.
-
-    Images (B, 3, H, W) in [0, 1], resized to what the ViT sees -> five of (B, N, C) for 12 blocks: after the
-    last block, then after blocks 2, 5, 8 and 11 counted from 0; no final norm, no prefix tokens."""
+    """Tokens of a frozen encoder's ViT for images (B, 3, H, W) in [0, 1], resized to what it sees: (B, N, C)
+    after the last block, then after each quarter; no final norm, no prefix tokens."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -70,7 +66,6 @@ class VitTaps(nn.Module):
         taps = e.vit.forward_intermediates((images - e.mean) / e.std, indices=self.blocks, output_fmt="NLC",
                                            intermediates_only=True)
         return [taps[-1], *taps]
-
 
 class VggTaps(nn.Module):
     """relu1_2, 2_2, 3_3, 4_3 and 5_3 of VGG16, as LPIPS sees images in [0, 1]: five of (B, positions, C)."""
@@ -91,12 +86,11 @@ class VggTaps(nn.Module):
             taps.append(x.flatten(2).transpose(1, 2))
         return taps
 
-
 class Perceptual(nn.Module):
-    """Distance of two batches of images in [0, 1], (B,): LPIPS for VggTaps with its learned weights.
+    """Distance (B,) of two batches of images in [0, 1]: LPIPS for VggTaps with its learned weights.
 
-    Features of unit length at each position, their squared difference, weighted by channel (all 1 / taps
-    unless given), mean over positions, sum over taps. Always float32; gradients reach the first images."""
+    Features of unit length, their squared difference, weighted by channel (1 / taps unless given), mean over
+    positions, sum over taps. Always float32; gradients reach the first images."""
 
     def __init__(self, taps, weights=None):
         super().__init__()
@@ -110,7 +104,6 @@ class Perceptual(nn.Module):
             a, b = ([x / (x.norm(dim=2, keepdim=True) + 1e-10) for x in taps] for taps in (a, b))
             weights = self.weights or [torch.full_like(a[0][0, 0], 1 / len(a))] * len(a)
             return sum(((x - y).square() @ w).mean(1) for x, y, w in zip(a, b, weights))   # (B,)
-
 
 def lpips(args, device):
     """LPIPS of VGG16 (v0.1), its learned weights from a file or fetched once; their hash is checked."""
@@ -130,7 +123,6 @@ def lpips(args, device):
     except KeyError as e:
         raise ValueError(f"{path}: not LPIPS' VGG weights, {e} is missing") from None
     return Perceptual(VggTaps(args.vgg_weights).to(device), weights)
-
 
 class Discriminator(nn.Module):
     """The trained part of D, a head per tap: taps of (B, N, C) -> logits (B, taps N), one per token.
@@ -157,7 +149,6 @@ class Discriminator(nn.Module):
             logits.append(last((mix(x) + x) / math.sqrt(2)).squeeze(1))               # (B, N)
         return torch.cat(logits, 1).float()
 
-
 def diffaug(x, u):
     """Differentiable augmentation of images (B, 3, H, W) in [-1, 1] by uniform u (B, 5) in [0, 1).
 
@@ -174,18 +165,15 @@ def diffaug(x, u):
     mean = x.mean((1, 2, 3), keepdim=True)
     return (x - mean) * (contrast + 0.5) + mean
 
-
 def hinge(logits):
     """Discriminator's loss of logits whose first half saw real images, the second reconstructions."""
     real, fake = logits.chunk(2)
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
-
 def adaptive_weight(of_reconstruction, of_gan):
     """lambda = |grad reconstruction| / (|grad GAN| + 1e-6), within [0, 1e4], of both losses' gradients at the
     last layer's weight, over the global batch (as released; the paper's are at the image)."""
     return (of_reconstruction.norm() / (of_gan.norm() + 1e-6)).clamp(0, 1e4)
-
 
 # -------------------------------------------------------------------------------------------------- the score
 
@@ -203,11 +191,9 @@ def ssim(a, b):
     return ((2 * mu_a * mu_b + 1e-4) * (2 * cov + 9e-4)
             / ((mu_a ** 2 + mu_b ** 2 + 1e-4) * (var_a + var_b + 9e-4))).mean((1, 2, 3))
 
-
 def look(encoder, images):
     """Tokens (B, N, C) of images that may be larger than the encoder's (section 6.1)."""
     return encoder(F.avg_pool2d(images, images.shape[-1] // encoder.image_size)).float()
-
 
 @torch.no_grad()
 def evaluate(rae, data, distance, inception, args):
@@ -235,7 +221,6 @@ def evaluate(rae, data, distance, inception, args):
         numbers[key] = frechet_distance(*moments["real"].result(), *moments[name].result())
     return numbers, grid
 
-
 # ----------------------------------------------------------------------------------------------- the training
 
 def learning_rate(step, steps, args):
@@ -244,7 +229,6 @@ def learning_rate(step, steps, args):
         return args.lr * (step + 1) / args.warmup
     done = (step - args.warmup) / max(1, steps - args.warmup)
     return args.lr_end + (args.lr - args.lr_end) * (0.5 + 0.5 * math.cos(math.pi * done))
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
@@ -256,8 +240,7 @@ def main():
     p.add_argument("--resize", type=int, help="short side before a random crop (paper: 384); unset: centre")
     p.add_argument("--size", choices=DECODERS, help="decoder: width and depth (paper: XL)")
     p.add_argument("--upsample", type=positive, default=1, help="decoded pixels per encoder pixel (6.1: 2)")
-    p.add_argument("--noise-tau", type=float, default=0.8,
-                   help="noise on the latents, 0 for none (paper: 0.8)")
+    p.add_argument("--noise-tau", type=float, default=0.8, help="latent noise, 0 for none (paper: 0.8)")
     p.add_argument("--noise-dist", choices=["uniform", "half-normal"], default="uniform",
                    help="sigma = tau U(0, 1), as released, or |N(0, tau^2)|, the paper's")
     p.add_argument("--critics", choices=["encoder", "published"],
@@ -284,33 +267,30 @@ def main():
         raise ValueError(f"--resize {args.resize} is below --image-size {args.image_size}")
     if args.image_size % args.upsample:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of --upsample {args.upsample}")
-    device, rank, world = start(args)
+    device = start(args)
     inception = load_inception(args.inception, device)[1] if args.inception else None
     if args.eval_only:
-        if not args.ckpt:
-            raise ValueError("--eval-only wants a decoder: pass --ckpt")
         return judge(args, inception, device)
-    run, settings = resume(args, "decoder")
-    if run.get("step") == args.steps:
+    run = Run(args, "decoder")
+    if run.first == args.steps:
         return say(f"{args.out}: finished already; its decoder is {args.out}/checkpoint.pt")
 
     # Images, frozen encoder, statistics of its latents (one exact pass), decoder, its average, critics.
     data = open_data(args.data, args.image_size, short=args.resize)
     size = args.image_size // args.upsample            # what the encoder sees
-    centred = data if args.upsample == 1 and not args.resize else open_data(args.data, size)
     val = open_data(args.val_data or args.data, args.image_size, "val")
     encoder = build_encoder(args.encoder, size, args.encoder_weights).to(device)
-    if run:
-        mean, var = run["mean"], run["var"]
+    if run.saved:
+        mean, var = run.saved["mean"], run.saved["var"]
     else:
         say(f"latent statistics of {len(data)} images, both flips")
-        micro = args.micro_batch or args.batch_size // world
-        mean, var = latent_statistics(encoder, centred, micro, device, rank, world)
+        centred = data if args.upsample == 1 and not args.resize else open_data(args.data, size)
+        mean, var = latent_statistics(encoder, centred, args.micro_batch or args.batch_size // WORLD, device)
     torch.manual_seed(args.seed)
     width, depth, heads, mlp_dim = DECODERS[args.size]
     patch = args.image_size // encoder.grid
     decoder = Decoder(encoder.dim, encoder.grid, patch, width, depth, heads, mlp_dim)
-    if args.init and not run:
+    if args.init and not run.saved:
         load_strict(decoder, load_released_decoder(released_file(args.init)).state_dict(), args.init)
     rae = RAE(encoder, decoder, mean, var, args.noise_tau, args.noise_dist).to(device)
     ema = copy.deepcopy(decoder).requires_grad_(False).eval()
@@ -323,9 +303,8 @@ def main():
     taps = VitTaps(seer)
     discriminator = Discriminator(taps.width, len(taps.blocks) + 1).to(device)
     optimizer, optimizer_d = Optimizer(decoder, args.betas), Optimizer(discriminator, args.betas)
-    parts = dict(ema=ema, model=decoder, optimizer=optimizer, discriminator=discriminator,
-                 optimizer_d=optimizer_d)
-    first = restore(parts, run)
+    run.restore(ema=ema, model=decoder, optimizer=optimizer, discriminator=discriminator,
+                optimizer_d=optimizer_d)
     decoder.checkpoint_activations = args.checkpoint_activations
     for layer in decoder.decoder_layers if args.compile else ():
         layer.compile()                                # in place, names stay; lambda walks the last layer
@@ -333,29 +312,25 @@ def main():
         f"{sum(x.numel() for x in decoder.parameters()) / 1e6:.1f}M parameters, {len(data)} images")
 
     start_p, start_d, start_g = (round(share * args.steps) for share in args.starts)
-    batches = Batches(data, args.batch_size, args.seed, False, rank, world, args.micro_batch)
-    stream, stop = loader(batches, first, args), Stop(device)
+    batches = Batches(data, args.batch_size, args.seed, False, args.micro_batch)
     names = ("l1", "perceptual", "gan", "d_loss", "gan_weight")
-    log = Log(args.out, first, len(names), device)
-    for step in progress(range(first, args.steps + 1), args.batch_size):
-        last = step == args.steps or stop.agreed()
-        if step > log.since and (step % args.log_every == 0 or last):
-            means, pace = log.means(step, args)
-            log(step=step, **dict(zip(names, means.tolist())), lr=optimizer.param_groups[0]["lr"],
-                skipped=optimizer.skipped + optimizer_d.skipped, **pace)
-        if rank == 0 and step > first and (step % args.eval_every == 0 or last):
+    for step in run.steps(batches, device, len(names)):
+        if run.due(args.log_every):
+            means, pace = run.means()
+            run.log(**dict(zip(names, means.tolist())), lr=optimizer.param_groups[0]["lr"],
+                    skipped=optimizer.skipped + optimizer_d.skipped, **pace)
+        if RANK == 0 and run.due(args.eval_every):
             numbers, grid = evaluate(averaged, val, perceptual if published else None, inception, args)
-            log(step=step, **numbers)
+            run.log(**numbers)
             save_grid(grid, f"{args.out}/grid_{step:06d}.png", columns=len(grid) // 3)
-        if rank == 0 and (step > first or not first) and (step % args.save_every == 0 or last):
-            save_checkpoint(args.out, parts, kind="decoder", step=step, settings=settings, image_size=size,
-                            config=decoder.config, encoder=args.encoder, encoder_hash=encoder.fingerprint,
-                            mean=mean, var=var)
-        if last:
+        if RANK == 0 and (run.due(args.save_every) or step == 0):
+            run.save(image_size=size, config=decoder.config, encoder=args.encoder,
+                     encoder_hash=encoder.fingerprint, mean=mean, var=var)
+        if run.last:
             break
 
         # Each critic is walked back once, to the reconstruction; from there on both losses go together.
-        images = log.next(stream)[0].to(device, non_blocking=True).float() / 255      # (b, 3, H, W)
+        images = run.batch()[0].to(device, non_blocking=True).float() / 255      # (b, 3, H, W)
         u = keyed_numpy(args.seed, step, args.batch_size).random((args.batch_size, 3, 5), dtype=np.float32)
         u = torch.from_numpy(u[batches.rows.start:batches.rows.stop])                 # (b, 3, 5) for DiffAug
         rae.train()
@@ -407,18 +382,18 @@ def main():
                 d_loss.backward()
                 losses[3] += d_loss.detach()
             optimizer_d.update(learning_rate(step - start_d, args.steps - start_d, args))
-        log.sums += losses.nan_to_num(posinf=0, neginf=0)
-
+        run.sums += losses.nan_to_num(posinf=0, neginf=0)
 
 def judge(args, inception, device):
     """--eval-only: the numbers of any decoder as one JSON line, and its grid."""
+    if not args.ckpt:
+        raise ValueError("--eval-only wants a decoder: pass --ckpt")
     rae = load_rae(args.ckpt, args.encoder if args.stats else None, args.encoder_weights, args.stats, device)
     data = open_data(args.val_data or args.data, rae.decoder.grid * rae.decoder.patch_size, "val")
     metric = lpips(args, device) if args.critics == "published" else None
     numbers, grid = evaluate(rae, data, metric, inception, args)
     save_grid(grid, f"{args.out}/eval.png", columns=len(grid) // 3)
     say(json.dumps(dict(ckpt=args.ckpt, num=min(args.eval_num, len(data)), **numbers)))
-
 
 if __name__ == "__main__":
     cli(main)

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 
 import fid
 from dit_dh import SIZES, DiTDH, draw_time, flow_loss, shift_alpha, shift_time, time_grid
-from rae import (Batches, Log, Optimizer, Stop, autocast, cli, encoded, keyed_noise, keyed_numpy, load_rae,
-                 load_strict, loader, open_data, parse, positive, progress, psnr, read_images, restore,
-                 resume, save_checkpoint, save_grid, say, spread, start, training_flags, update_ema)
+from rae import (RANK, Batches, Optimizer, Run, autocast, cli, encoded, keyed_noise, keyed_numpy, load_rae,
+                 load_strict, open_data, parse, positive, psnr, read_images, save_grid, say, spread, start,
+                 training_flags, update_ema)
 from sample import Samples, balanced_labels, generate, load_model
 
 # ImageNet: batch 1024, 1,252 steps an epoch; 800 epochs, lr 2e-4 held for 40 and linear to 2e-5 (appendix D).
@@ -41,7 +41,6 @@ PRESETS = {
 }
 BINS = 5                                               # of t, as the model sees it, in the log
 
-
 def transformer_size(text, depth=None):
     """"XL" or "width,depth,heads" as numbers; depth replaces a named size's own."""
     if text in SIZES:
@@ -55,11 +54,9 @@ def transformer_size(text, depth=None):
         raise argparse.ArgumentTypeError(f"{text}: all three must be above 0")
     return width, depth, heads
 
-
 def learning_rate(step, args):
     """lr for `hold` steps, then linear to lr_end at the last."""
     return args.lr + (args.lr_end - args.lr) * max(0.0, (step - args.hold) / max(1, args.steps - args.hold))
-
 
 def draws(args, device, step, rows, shape):
     """What chance decides for the rows of a step, from (seed, step, row): t before the shift, label
@@ -69,7 +66,6 @@ def draws(args, device, step, rows, shape):
     noise = keyed_noise([(args.seed, step, row) for row in rows], shape, device)      # (b, N, C)
     t, keep = draw_time(u[:, 0], args.time), u[:, 1] >= args.label_drop
     return t.to(device), keep.to(device), noise
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
@@ -98,14 +94,13 @@ def main():
     p.add_argument("--fid-reference", default="toy", help="what fid.py takes as REFERENCE")
     p.add_argument("--inception", help="file of the 2015 Inception weights; unset with toy: encoder features")
     args = parse(p, PRESETS)
-    device, rank, world = start(args)
-    run, settings = resume(args, "diffusion")
-    if run.get("step") == args.steps:
+    device, run = start(args), Run(args, "diffusion")
+    if run.first == args.steps:
         return say(f"{args.out}: finished already; python sample.py --ckpt {args.out}/checkpoint.pt")
 
     # Images, the frozen RAE, the model and its average.
     rae = load_rae(args.decoder, args.encoder, args.encoder_weights, args.stats, device)
-    if run and run["latents"] != rae.fingerprint():
+    if run.saved.get("latents", rae.fingerprint()) != rae.fingerprint():
         raise ValueError(f"{args.decoder}: its latents are not those of {args.out}; pass another --out")
     images = data = open_data(args.data, rae.encoder.image_size)
     if args.cache_latents:
@@ -116,53 +111,48 @@ def main():
     head = (args.backbone[0], 0, args.backbone[2]) if args.head == "none" else args.head
     width, depth, heads = zip(args.backbone, head)
     model = DiTDH(shape[1], rae.encoder.grid, width, depth, heads, len(data.classes))
-    if args.init and not run:
+    if args.init and not run.saved:
         start_from(model, args.init)
     model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()           # before any compile, float32
     optimizer = Optimizer(model)
-    parts = dict(ema=ema, model=model, optimizer=optimizer)
-    first = restore(parts, run)
+    run.restore(ema=ema, model=model, optimizer=optimizer)
     model.checkpoint_activations = args.checkpoint_activations
     if args.compile:
         model.compile()                                # in place: names in the checkpoint stay as they are
     say(f"{len(data)} images, {len(data.classes)} classes; {shape[0]} tokens x {shape[1]}, "
         f"alpha {alpha:.3f}; DiT {width} x {depth}, {sum(x.numel() for x in model.parameters()) / 1e6:.1f}M")
 
-    batches = Batches(data, args.batch_size, args.seed, not args.no_flip, rank, world, args.micro_batch)
-    stream, stop = loader(batches, first, args), Stop(device)
-    log = Log(args.out, first, 2 * BINS + 1, device)   # losses by bin of t, their count, gradient norm
+    batches = Batches(data, args.batch_size, args.seed, not args.no_flip, args.micro_batch)
     classes = [model.num_classes] if args.unconditional else list(range(model.num_classes))
     features = "encoder:toy" if args.fid_reference == "toy" and not args.inception else "inception"
-    if rank == 0 and first == 0:
+    if RANK == 0 and not run.saved:
         show_pairs(rae, images, args.out, device)
-    for step in progress(range(first, args.steps + 1), args.batch_size):
-        last = step == args.steps or stop.agreed()
-        if step > log.since and (step % args.log_every == 0 or last):
-            means, pace = log.means(step, args)
+    for step in run.steps(batches, device, 2 * BINS + 1):             # sums: loss by bin of t, counts, norm
+        if run.due(args.log_every):
+            means, pace = run.means()
             losses, counts, norm = means.split([BINS, BINS, 1])
-            log(step=step, loss=(losses.sum() / counts.sum()).item(), grad_norm=norm.item(),
-                lr=optimizer.param_groups[0]["lr"], skipped=optimizer.skipped,
-                loss_by_t=[s / n if n else None for s, n in zip(losses.tolist(), counts.tolist())], **pace)
-        if rank == 0 and step > first and (step % args.sample_every == 0 or last):
+            by_t = [s / n if n else None for s, n in zip(losses.tolist(), counts.tolist())]
+            run.log(loss=(losses.sum() / counts.sum()).item(), grad_norm=norm.item(), loss_by_t=by_t,
+                    lr=optimizer.param_groups[0]["lr"], skipped=optimizer.skipped, **pace)
+        if RANK == 0 and run.due(args.sample_every):
             shown = classes[:10]
             labels = balanced_labels(shown, 8 * len(shown))
             with autocast(device, args):
                 pictures = generate(rae, ema, labels, time_grid(25, alpha), args.seed, cfg=args.cfg)
             save_grid(pictures, f"{args.out}/samples_{step:07d}.png", columns=len(shown))
-        if args.fid_every and step > first and (step % args.fid_every == 0 or last):
+        if args.fid_every and run.due(args.fid_every):
             labels = balanced_labels(classes, args.fid_num)
             samples = Samples(rae, ema, labels, time_grid(50, alpha), args.seed, autocast(device, args),
                               cfg=args.cfg)
             scores = fid.score(samples, args.fid_reference, features, weights=args.inception, device=device)
-            log(step=step, **{k: v for k, v in scores.items() if k not in ("num", "label")})
-        if rank == 0 and (step > first or not first) and (step % args.save_every == 0 or last):
-            save_checkpoint(args.out, parts, kind="diffusion", step=step, settings=settings, alpha=alpha,
-                            config=model.config, classes=data.classes, latents=rae.fingerprint())
-        if last:
+            run.log(**{k: v for k, v in scores.items() if k not in ("num", "label")})
+        if RANK == 0 and (run.due(args.save_every) or step == 0):
+            run.save(alpha=alpha, config=model.config, classes=data.classes, latents=rae.fingerprint())
+        if run.last:
             break
 
-        seen, labels = (x.to(device, non_blocking=True) for x in log.next(stream))    # (b, ...), (b,)
+        seen, labels = (x.to(device, non_blocking=True) for x in run.batch())         # (b, ...), (b,)
         t, keep, noise = draws(args, device, step, batches.rows, shape)
         labels = torch.where(keep & (not args.unconditional), labels, model.num_classes)
         losses = []
@@ -176,10 +166,9 @@ def main():
         if stepped:
             update_ema(ema, model, args.ema, step)
             bins = (shift_time(t, alpha) * BINS).long().clamp(max=BINS - 1)
-            log.sums.index_add_(0, bins, torch.cat(losses))
-            log.sums.index_add_(0, bins + BINS, torch.ones_like(t))
-            log.sums[-1] += norm
-
+            run.sums.index_add_(0, bins, torch.cat(losses))
+            run.sums.index_add_(0, bins + BINS, torch.ones_like(t))
+            run.sums[-1] += norm
 
 class CachedLatents:
     """Raw tokens of a data set, plain and flipped, in a memory-mapped float16 file (n, 2, N, C).
@@ -201,16 +190,15 @@ class CachedLatents:
         Path(folder).mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < size:
             raise ValueError(f"{folder}: no room for {size / 1e9:.3g} GB")
-        rank, world = dist.get_rank(), dist.get_world_size()
-        if rank == 0:
+        if RANK == 0:
             np.lib.format.open_memmap(self.path, "w+", np.float16, shape)
         dist.barrier()
         file = np.lib.format.open_memmap(self.path, "r+")
-        for chosen, flip, tokens in encoded(encoder, images, batch_size, device, rank, world):
+        for chosen, flip, tokens in encoded(encoder, images, batch_size, device):
             file[chosen, flip] = tokens.cpu().numpy()
         file.flush()
         dist.barrier()
-        if rank == 0:                                  # last, so that a cache with a note is whole
+        if RANK == 0:                                  # last, so that a cache with a note is whole
             note.write_text(about)
 
     def __len__(self):
@@ -222,7 +210,6 @@ class CachedLatents:
             self.tokens = np.load(self.path, mmap_mode="r")
         return self.tokens[index, int(flip)]
 
-
 def show_pairs(rae, data, out, device):
     """Images over their reconstructions, and the PSNR: what the diffusion model can reach at best."""
     images = read_images(data, spread(data, 16), device)
@@ -233,7 +220,6 @@ def show_pairs(rae, data, out, device):
     say(f"{out}/pairs.png: reconstructions at {quality:.1f} dB"
         + ("; WARNING: the decoder looks untrained, or made for other images" if quality < 15 else ""))
 
-
 def start_from(model, name):
     """Copy another model's weights; another class count keeps our fresh label table."""
     other = load_model(name).state_dict()
@@ -243,7 +229,6 @@ def start_from(model, name):
             "the label table is new")
         other[key] = model.state_dict()[key]
     load_strict(model, other, name)
-
 
 if __name__ == "__main__":
     cli(main)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rae import Batches, cli, keyed, open_data, positive, progress, say, start  # noqa: E402
+from rae import WORLD, Batches, cli, keyed, open_data, positive, progress, say, start  # noqa: E402
 
 
 class MaskedAutoencoder(nn.Module):
@@ -62,8 +62,8 @@ def main():
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = p.parse_args()
     args.precision = "fp32"
-    device, rank, world = start(args)
-    if world > 1:
+    device = start(args)
+    if WORLD > 1:
         raise ValueError("pretrain_encoder.py is for one process; run it without torchrun")
     if args.image_size % args.patch or args.width % args.heads:
         raise ValueError("--image-size must be a multiple of --patch, and --width of --heads")
@@ -75,7 +75,7 @@ def main():
                   num_heads=args.heads, num_classes=0, class_token=False, global_pool="")
     model = MaskedAutoencoder(VisionTransformer(**config), args.heads).to(device)
     data = open_data(args.data, args.image_size)
-    batches = Batches(data, args.batch_size, args.seed, True, rank, world)
+    batches = Batches(data, args.batch_size, args.seed, True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     say(f"{len(data)} images, {sum(x.numel() for x in model.vit.parameters()) / 1e6:.2f}M parameters")
     began = time.time()

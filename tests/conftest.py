@@ -60,9 +60,12 @@ def run(monkeypatch, tmp_path, capsys):
 @pytest.fixture
 def group():
     """This process as a group of one, as rae.start has it."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -121,6 +121,9 @@ FLAGS = {
         "timm:vit_tiny_patch16_224 --encoder-weights tiny.pt --stats stat.pt --num 1 --steps 2 --out "
         "s/preset.png --precision fp32",
         "--preset imagenet512 --ckpt f/preset256/checkpoint.pt --num 1 --steps 2 --out s/preset512.png",
+        "--ckpt f/toy/checkpoint.pt --like photos/cat/0.png --strength 0.4 --steps 2 --out s/like.npz",
+        "--ckpt f/toy/checkpoint.pt --interpolate photos/cat/0.png photos/cat/1.png --classes 3 --steps 2 "
+        "--neighbours photos --out s/row.png",
     ],
     "fid.py": [
         "s/folder photos_fid --features encoder:e/enc.pt --num 3 --batch 2 --device cpu --json",
@@ -163,6 +166,23 @@ def test_every_flag_runs(run, photos, tmp_path, monkeypatch):
     assert sorted(os.listdir("s/folder")) == ["000000.png", "000001.png", "000002.png", "record.json"]
     said = [run("fid.py", arguments, tiny=False) for arguments in FLAGS["fid.py"]]
     assert json.loads(said[0])["num"] == 3 and "precision" in said[1] and "FID " in said[1]
+
+
+def test_editing(run):
+    run("train_diffusion.py")
+    run("sample.py", "--out pictures --cfg 2")
+    a, b = "pictures/000001.png", "pictures/000002.png"
+    run("sample.py", f"--like {a} --strength 0 --classes 3,7,8 --out like.png")
+    run("sample.py", f"--like {a} --strength 0.7 --classes 3,7 --out edited.png")
+    run("sample.py", f"--interpolate {a} {b} --strength 0 --out row.png")
+    like, edited, row = (np.load(f"{name}.npz")["arr_0"] for name in ("like", "edited", "row"))
+    assert len(like) == 3 and len(edited) == 2 and len(row) == 8 and (like == like[0]).all()
+    assert (like[0] == row[0]).all() and (row[0] != row[-1]).any() and (edited[0] != like[0]).any()
+    assert Image.open("row.png").size[0] == 8 * 34 * 2
+    said = run("sample.py", "--cfg 2 --neighbours pictures --out again.png")      # each is its own nearest
+    assert "the nearest of 20 images (cosine 1.000)" in said
+    sheet = np.asarray(Image.open("again_neighbours.png"))[::2, ::2]
+    assert sheet.shape == (8 * 34, 8 * 34, 3) and (sheet[:, :34] == sheet[:, 34:68]).all()
 
 
 @pytest.mark.parametrize("script", TINY)
@@ -283,7 +303,6 @@ def test_mistakes_end_in_one_line(run, tmp_path, photos):
         ("train_decoder.py", "--data empty", "empty: no images"),
         ("train_decoder.py", "--encoder nothing.pt", "not an encoder file"),
         ("train_decoder.py", "--encoder no", "encoder no: no such file"),
-        ("train_decoder.py", "--out used", "used: not empty"),
         ("train_decoder.py", "--out out/diffusion", "holds a diffusion run"),
         ("train_decoder.py", f"--init {DIFFUSION}", "diffusion model, not an RAE decoder"),
         ("train_diffusion.py", f"--out x --decoder {DIFFUSION}", "diffusion model, not an RAE decoder"),

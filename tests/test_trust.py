@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,45 +211,57 @@ def test_a_full_disk_keeps_the_old_checkpoint(run, tmp_path):
     assert open("run/checkpoint.pt", "rb").read() == before and not os.path.exists("run/checkpoint.tmp")
 
 
+class NoBatches(torch.utils.data.Dataset):
+    pass
+
+
+def run_args(out, **changed):
+    return SimpleNamespace(**dict(out=out, resume="auto", lr=1, steps=9, batch_size=1, workers=0) | changed)
+
+
 def test_checkpoints_survive(tmp_path, group, monkeypatch):
-    def args(**changed):
-        from types import SimpleNamespace
-        return SimpleNamespace(**dict(out=tmp_path, resume="auto", lr=1, steps=9) | changed)
-    R.Log(tmp_path, 0)
-    part = torch.nn.Linear(90, 90)
-    for step in (1, 2):
-        R.save_checkpoint(tmp_path, dict(model=part), kind="decoder", step=step, settings=dict(lr=1, steps=9))
-    run, settings = R.resume(args(), "decoder")
-    assert run["step"] == 2 and settings == dict(lr=1, steps=9)
-    other = torch.nn.Linear(90, 90)
-    assert R.restore(dict(model=other), run) == 2 and "model" not in run
-    assert torch.equal(other.weight, part.weight)
+    part, other = torch.nn.Linear(90, 90), torch.nn.Linear(90, 90)
+    run = R.Run(run_args(tmp_path), "decoder")
+    run.restore(model=part)
+    for _ in zip(range(2), run.steps(NoBatches(), torch.device("cpu"), 0)):
+        run.save(note=3)                               # at steps 0 and 1
+    run = R.Run(run_args(tmp_path), "decoder")
+    assert run.first == 1 and run.saved["note"] == 3
+    assert run.saved["settings"] == dict(lr=1, steps=9, batch_size=1)
+    run.restore(model=other)
+    assert torch.equal(other.weight, part.weight) and "model" not in run.saved
     for changed, kind, message in ((dict(lr=2), "decoder", "lr 1 there, 2 here"),
                                    (dict(resume="never"), "decoder", "holds a run, and --resume never"),
                                    (dict(), "diffusion", "holds a decoder run")):
         with pytest.raises(ValueError, match=message):
-            R.resume(args(**changed), kind)
+            R.Run(run_args(tmp_path, **changed), kind)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:3000])
-    assert R.resume(args(), "decoder")[0]["step"] == 1
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match="without a whole checkpoint"):
-        R.resume(args(out=tmp_path / "other"), "decoder")
+    run = R.Run(run_args(tmp_path), "decoder")
+    assert run.first == 0 and run.saved["step"] == 0
+    (tmp_path / "previous.pt").unlink()
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        R.Run(run_args(tmp_path), "decoder")
+    path.unlink()
+    assert not R.Run(run_args(tmp_path), "decoder").saved
     monkeypatch.setattr(torch.distributed, "all_gather_object",
                         lambda steps, step: steps.__setitem__(slice(2), [step, None]))
     with pytest.raises(ValueError, match="not the same on all nodes"):
-        R.resume(args(), "decoder")
+        R.Run(run_args(tmp_path), "decoder")
 
 
-def test_log_forgets_what_a_resumed_run_repeats(tmp_path):
-    log = R.Log(tmp_path, 0)
-    for step in (1, 2, 3):
-        log(step=step, loss=0.5)
-    with open(tmp_path / "log.jsonl", "a") as f:
-        f.write('{"step": 4, "lo')                     # killed while it wrote
-    R.Log(tmp_path, 2)(step=3, loss=0.25)
-    assert [(x["step"], x["loss"]) for x in log_of(tmp_path)] == [(1, 0.5), (2, 0.5), (3, 0.25)]
+def test_log_forgets_what_a_resumed_run_repeats(tmp_path, group):
+    run = R.Run(run_args(tmp_path), "decoder")
+    for run.first, logged in ((1, (1, 2, 3)), (2, (3,))):
+        for step in run.steps(NoBatches(), torch.device("cpu"), 0):
+            if step in logged:
+                run.log(loss=run.first)
+            if step == 3:
+                break
+        if run.first == 1:
+            with open(tmp_path / "log.jsonl", "a") as f:
+                f.write('{"step": 4, "lo')             # killed while it wrote
+    assert [(x["step"], x["loss"]) for x in log_of(tmp_path)] == [(1, 1), (2, 1), (3, 2)]
 
 
 # ------------------------------------------------------------------------------------ the average and compile
