@@ -227,7 +227,9 @@ class Moments:
 
     def add(self, features):
         f = features.cpu().double()
-        self.n, self.total, self.outer = self.n + len(f), self.total + f.sum(0), self.outer + f.T @ f
+        self.n += len(f)
+        self.total += f.sum(0)
+        self.outer += f.T @ f
 
     def result(self):
         mu = self.total / self.n
