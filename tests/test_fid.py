@@ -420,7 +420,7 @@ print(bench.held_at_most())
 
 
 def peak(num, metrics):
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}           # large blocks go back when freed: no holes
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}          # freed large blocks leave no holes
     done = subprocess.run([sys.executable, "-c", MEMORY, str(ROOT), str(num), metrics], capture_output=True,
                           text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
