@@ -353,8 +353,6 @@ def latent_statistics(encoder, data, batch_size, device):
 # A decoder file is a plain state dict in the released names, or a checkpoint of train_decoder.py, which nests
 # one under "ema" beside "mean" and "var" (C, h, w), the encoder's name and its hash, never the encoder.
 
-RELEASED = json.loads((ASSETS / "released.json").read_text())     # name: [file] or [decoder, statistics]
-
 def load_released_decoder(state_dict_or_path, heads=None):
     """Decoder from a state dict or file in the released names; its sizes are read from the shapes.
 
@@ -413,10 +411,11 @@ def released_file(name, kind=0):
     """Local path of released:NAME (fetched once from Hugging Face), of "toy", or of a path."""
     if not str(name).startswith("released:"):
         return ASSETS / "toy_decoder.pt" if name == "toy" else name
-    if name[9:] not in RELEASED:
-        raise ValueError(f"{name}: not released; names are {', '.join(RELEASED)}")
+    files = json.loads((ASSETS / "released.json").read_text())        # name: [file] or [decoder, statistics]
+    if name[9:] not in files:
+        raise ValueError(f"{name}: not released; names are {', '.join(files)}")
     from huggingface_hub import hf_hub_download
-    repository, file = "nyu-visionx/RAE-collections", RELEASED[name[9:]][kind]
+    repository, file = "nyu-visionx/RAE-collections", files[name[9:]][kind]
     try:
         return hf_hub_download(repository, file)
     except Exception as e:
