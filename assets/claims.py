@@ -1,6 +1,6 @@
 """The paper's claims on the toy world: runs of the scripts by flags alone, one table, figures.
 
-    python assets/claims.py --quick                    # 3 min: one seed, too short to show anything
+    python assets/claims.py --quick                    # 2 min: one seed, too short to show anything
     python assets/claims.py                            # 66 min on 2 slow cores, three seeds
     python assets/claims.py --only width,steps         # some experiments; shared runs are made once
 
