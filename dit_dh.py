@@ -273,7 +273,7 @@ def load_released(state_dict_or_path, heads=None, head_depth=2, where="state dic
 
     def size(axis, *names):
         """What most tensors of these names say, so that one wrong tensor is the one that is named."""
-        votes = [v.shape[axis] for k, v in state.items() if k.endswith(names) and v.ndim > axis]
+        votes = [v.shape[axis] for k, v in state.items() if k.endswith(names) and v.ndim > max(axis, 0)]
         if not votes:
             raise ValueError(f"{where}: not a diffusion model, tensor {names[0]} is missing")
         return mode(votes)
@@ -291,7 +291,12 @@ def load_released(state_dict_or_path, heads=None, head_depth=2, where="state dic
     tables = any("feat_rope." in key for key in state)
     if heads is None and tables:
         names = ("enc_feat_rope", "dec_feat_rope") if wide else ("feat_rope", "feat_rope")
-        heads = [w // size(1, f"{name}.freqs_cos", f"{name}.freqs_sin") for name, w in zip(names, width)]
+        heads = []
+        for name, w in zip(names, width):
+            head_dim = size(1, f"{name}.freqs_cos", f"{name}.freqs_sin")
+            if w % head_dim:
+                raise ValueError(f"{where}: {name}.freqs_cos has {head_dim} channels, no share of width {w}")
+            heads.append(w // head_dim)
     elif heads is None:
         heads = [{w: h for w, _, h in SIZES.values()}.get(w) for w in width]
         if None in heads:

@@ -640,12 +640,14 @@ class Run:
         found, theirs = self.saved.get("kind"), self.saved.get("settings", {})
         other = "; ".join(f"{k} {theirs.get(k)} there, {v} here" for k, v in self.about["settings"].items()
                           if theirs.get(k) != v)
-        for wrong, what in ((paths and args.resume == "never", "a run, and --resume never"),
-                            (paths and not self.saved, "no whole checkpoint"),
-                            (paths and found != kind, f"a {found} run, not a {kind} run"),
-                            (paths and other, f"a run with other settings ({other})")):
+        early = {"log.jsonl", "log.tmp", "pairs.png", "eval.png", "checkpoint.tmp"}    # a run killed at once
+        used = self.out.exists() and {f.name for f in self.out.iterdir()} - early
+        for wrong, what in ((paths and args.resume == "never", "holds a run, and --resume never"),
+                            (used and not self.saved, "not empty, without a whole checkpoint of ours"),
+                            (paths and found != kind, f"holds a {found} run, not a {kind} run"),
+                            (paths and other, f"holds a run with other settings ({other})")):
             if wrong:
-                raise ValueError(f"{self.out}: holds {what}; pass another --out")
+                raise ValueError(f"{self.out}: {what}; pass another --out")
         self.first, steps = self.saved.get("step", 0), [None] * WORLD
         dist.all_gather_object(steps, self.first)
         if len(set(steps)) > 1:

@@ -303,6 +303,7 @@ def test_mistakes_end_in_one_line(run, tmp_path, photos):
         ("train_decoder.py", "--data empty", "empty: no images"),
         ("train_decoder.py", "--encoder nothing.pt", "not an encoder file"),
         ("train_decoder.py", "--encoder no", "encoder no: no such file"),
+        ("train_decoder.py", "--out used", "used: not empty"),
         ("train_decoder.py", "--out out/diffusion", "holds a diffusion run"),
         ("train_decoder.py", f"--init {DIFFUSION}", "diffusion model, not an RAE decoder"),
         ("train_diffusion.py", f"--out x --decoder {DIFFUSION}", "diffusion model, not an RAE decoder"),

@@ -240,8 +240,13 @@ def test_checkpoints_survive(tmp_path, group, monkeypatch):
     run = R.Run(run_args(tmp_path), "decoder")
     assert run.first == 0 and run.saved["step"] == 0
     (tmp_path / "previous.pt").unlink()
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="without a whole checkpoint"):
         R.Run(run_args(tmp_path), "decoder")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="without a whole checkpoint"):
+        R.Run(run_args(tmp_path / "other"), "decoder")
+    shutil.rmtree(tmp_path / "other")
     path.unlink()
     assert not R.Run(run_args(tmp_path), "decoder").saved
     monkeypatch.setattr(torch.distributed, "all_gather_object",
