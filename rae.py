@@ -11,19 +11,10 @@ Letters, the same in every file:
     alpha schedule shift            tau the decoder's latent noise
 """
 
-import argparse
-import hashlib
-import json
-import math
-import os
-import pickle
-import signal
-import sys
-import time
+import argparse, hashlib, json, math, os, signal, sys, time
 from functools import cached_property, lru_cache
 from pathlib import Path
 from statistics import mode
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -35,20 +26,24 @@ from tqdm import tqdm
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # of torchrun
+DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
-# ----------------------------------------------------------------------------------------------------- images
+def check(fine, message):
+    """A user's mistake: ValueError with one line, which `cli` prints."""
+    if not fine:
+        raise ValueError(message)
 
+# ----------------------------------------------------------------------------------------------------- images
 def center_crop(image, size, short=None, rng=None):
-    """Centre of a PIL image, size x size, after its short side became `short` (default: size) as ADM does it:
-    halved by BOX while twice that, then BICUBIC. With a generator the square is anywhere."""
+    """Centre, or with rng any square, of a PIL image whose short side became `short` (default: size) as ADM
+    does it: halved by BOX while twice that, then BICUBIC."""
     short = short or size
     while min(image.size) >= 2 * short:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = short / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    room = image.width - size, image.height - size
-    left, top = (int(rng.integers(r + 1)) if rng else r // 2 for r in room)
+    left, top = (int(rng.integers(r - size + 1)) if rng else (r - size) // 2 for r in image.size)
     return image.crop((left, top, left + size, top + size))
 
 def to_uint8(images):
@@ -64,40 +59,24 @@ def read_image(path, size, short=None, rng=None):
     return np.asarray(center_crop(image, size, short, rng)).transpose(2, 0, 1)
 
 class ImageFolder:
-    """Images below a folder. Its folders are the classes, in sorted order; a flat folder is one class.
-
-    With `short` crops are random, from a short side of so many pixels. An image that cannot be read stops the
-    run with its name: to skip it would silently change which images a step sees."""
-
+    """Images below a folder, whose folders are the classes; a flat one is one. With `short` crops are random.
+    An image that cannot be read stops the run: to skip it would silently change which images a step sees."""
     def __init__(self, root, size, short=None):
-        self.files = sorted(f for f in Path(root).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-        if not self.files:
-            raise ValueError(f"{root}: no {'images in this' if Path(root).is_dir() else 'such'} folder")
-        folders = [f.relative_to(root).parent.as_posix() for f in self.files]
-        classes, self.labels = np.unique(folders, return_inverse=True)
-        self.classes = classes.tolist()
         self.size, self.short = size, short
-
+        self.files = sorted(f for f in Path(root).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        check(self.files, f"{root}: no {'images in this' if Path(root).is_dir() else 'such'} folder")
+        folders = [f.relative_to(root).parent.as_posix() for f in self.files]
+        self.classes, self.labels = sorted(set(folders)), np.unique(folders, return_inverse=True)[1]
     def __len__(self):
         return len(self.files)
-
     def load(self, index, rng, flip=False):
         """(3, H, W) uint8."""
         image = read_image(self.files[index], self.size, self.short, rng if self.short else None)
         return image[:, :, ::-1 if flip else 1]
-
     def fingerprint(self):
         """Hash of the files' names, sizes and times of change, and of the crop."""
         about = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files], self.size, self.short
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-
-def spread(data, n):
-    """Indices of up to n images of a data set, evenly spread over it."""
-    return np.linspace(0, len(data) - 1, min(n, len(data))).astype(int)
-
-def read_images(data, indices, device):
-    """Centre crops (n, 3, H, W) in [0, 1] of the images of those numbers."""
-    return torch.from_numpy(np.stack([data.load(i, None) for i in indices])).to(device).float() / 255
 
 def open_data(data, size, split="train", short=None):
     """--data as a data set, with classes, labels, fingerprint() and load(index, rng, flip)."""
@@ -106,18 +85,19 @@ def open_data(data, size, split="train", short=None):
         return ToyShapes(split, size)
     return ImageFolder(data, size, short)
 
-# ------------------------------------------------------------------------------------------------ the encoder
+def read_images(data, indices, device):
+    """Centre crops (n, 3, H, W) in [0, 1] of the images of those numbers."""
+    return torch.from_numpy(np.stack([data.load(i, None) for i in indices])).to(device).float() / 255
 
+# ------------------------------------------------------------------------------------------------ the encoder
 IMAGENET, HALF = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,) * 3, (0.5,) * 3)
 # name: (timm model, encoder input per image pixel, (mean, std), antialiased positions, more for timm)
 ENCODERS = {
-    "dinov2-s": ("vit_small_patch14_reg4_dinov2.lvd142m", 14 / 16, IMAGENET, True, {}),
-    "dinov2-b": ("vit_base_patch14_reg4_dinov2.lvd142m", 14 / 16, IMAGENET, True, {}),
-    "dinov2-l": ("vit_large_patch14_reg4_dinov2.lvd142m", 14 / 16, IMAGENET, True, {}),
+    **{f"dinov2-{size[0]}": (f"vit_{size}_patch14_reg4_dinov2.lvd142m", 14 / 16, IMAGENET, True, {})
+       for size in ("small", "base", "large")},
     "siglip2-b": ("vit_base_patch16_siglip_256.v2_webli", 1, HALF, False, {"act_layer": "gelu_tanh"}),
     "mae-b": ("vit_base_patch16_224.mae", 1, IMAGENET, False, {}),
-    "dino-s8": ("vit_small_patch8_224.dino", 1, IMAGENET, True, {"act_layer": "gelu_tanh"}),   # stage 1's D
-}
+    "dino-s8": ("vit_small_patch8_224.dino", 1, IMAGENET, True, {"act_layer": "gelu_tanh"})}   # stage 1's D
 UNUSED = ("head.", "fc_norm.", "attn_pool.")            # parts of a ViT that an encoder never runs
 
 def fingerprint(tensors):
@@ -128,55 +108,45 @@ def fingerprint(tensors):
     return digest.hexdigest()[:16]
 
 class Encoder(nn.Module):
-    """A frozen timm VisionTransformer as a latent space: images (B, 3, H, W) in [0, 1] -> tokens (B, N, C).
-
-    input_size is the side that the ViT sees. Its positions are resized, as released without antialias for MAE
-    and SigLIP2; its last norm loses its weights and prefix tokens are dropped (appendix C)."""
-
-    def __init__(self, vit, input_size, mean, std, antialias=True):
+    """A frozen timm VisionTransformer: images (B, 3, H, W) in [0, 1] -> tokens (B, N, C) of its last block,
+    normed without weights (C). It sees input_size pixels; for MAE and SigLIP2 its positions are resized to
+    that without antialias."""
+    def __init__(self, vit, input_size, mean, std, antialias=True, image_size=None):
         super().__init__()
         from timm.layers import resample_abs_pos_embed
         patch = vit.patch_embed.patch_size[0]
-        if input_size % patch:
-            raise ValueError(f"encoder input {input_size} is not a multiple of its patch {patch}")
-        self.input_size, self.grid, self.dim = input_size, input_size // patch, vit.embed_dim
-        self.image_size = input_size                   # of the images; build_encoder knows better
+        check(input_size % patch == 0, f"encoder input {input_size} is not a multiple of its patch {patch}")
+        self.vit, self.input_size, self.grid, self.dim = vit, input_size, input_size // patch, vit.embed_dim
+        self.image_size = image_size or input_size     # of the images that it is given
         if vit.pos_embed is not None:
             prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
             vit.pos_embed = nn.Parameter(resample_abs_pos_embed(
                 vit.pos_embed.detach(), [self.grid] * 2, num_prefix_tokens=prefix, antialias=antialias))
         vit.patch_embed.set_input_size((input_size, input_size))
         vit.norm = nn.LayerNorm(self.dim, eps=getattr(vit.norm, "eps", 1e-6), elementwise_affine=False)
-        self.vit = vit
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         self.requires_grad_(False).eval()
-
     def train(self, mode=True):
         return super().train(False)                    # frozen: dropout and drop path stay off
-
     @cached_property
-    def fingerprint(self):
-        """Hash of the weights in use."""
+    def fingerprint(self):                             # of the weights in use
         return fingerprint({k: v for k, v in self.vit.state_dict().items() if not k.startswith(UNUSED)})
-
     def forward(self, images):
+        images = F.avg_pool2d(images, images.shape[-1] // self.image_size or 1)   # for upsampling (6.1)
         if images.shape[-1] != self.input_size:
             images = F.interpolate(images, [self.input_size] * 2, mode="bicubic", align_corners=False)
         tokens = self.vit.forward_features((images - self.mean) / self.std)           # (B, prefix + N, C)
-        return tokens[:, self.vit.num_prefix_tokens:]                                 # (B, N, C)
+        return tokens[:, self.vit.num_prefix_tokens:].float()                         # (B, N, C)
 
 def load_timm(model, weights, flag, unused=(), **extra):
-    """A timm model with weights fetched or from a file in timm's names, where those `unused` may be missing.
-    ValueError where neither is to be had (it names the flag of the file) or a tensor is wrong."""
+    """A timm model, its weights fetched or from a file in timm's names, where `unused` may be missing."""
     import timm
     try:
         net = timm.create_model(model, pretrained=weights is None, num_classes=0, **extra)
-    except (RuntimeError, TypeError) as e:             # no such model, or one without a ViT's arguments
-        raise ValueError(f"timm cannot build a plain ViT {model} ({str(e).splitlines()[0]})") from None
-    except Exception as e:                        # the hub client raises a dozen kinds of errors when offline
-        raise ValueError(f"the weights of {model} cannot be fetched ({type(e).__name__}); download them "
-                         f"elsewhere and pass {flag} FILE") from None
+    except Exception as e:                             # the hub client alone raises a dozen kinds
+        raise ValueError(f"{model}: not a plain ViT of timm, or the weights of {model} cannot be fetched "
+                         f"({' '.join(str(e).split())}): download them and pass {flag} FILE") from None
     if weights is not None:
         state = {k: v for k, v in read_file(weights).items() if not k.startswith(unused)}
         load_strict(net, {k: v for k, v in net.state_dict().items() if k.startswith(unused)} | state, weights)
@@ -184,35 +154,28 @@ def load_timm(model, weights, flag, unused=(), **extra):
 
 def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
     """Encoder by name: one of ENCODERS, toy, timm:MODEL, or a file written by assets/pretrain_encoder.py.
-
-    weights: a local file in timm's names instead of the download; errors name its flag."""
+    weights (its flag is for errors): a local file in timm's names instead of the download."""
     from timm.models.vision_transformer import VisionTransformer
     if name not in ENCODERS and not name.startswith("timm:"):
         path = ASSETS / "toy_encoder.pt" if name == "toy" else Path(name)
         file = read_file(path) if path.is_file() else {}
-        if "vit" not in file:
-            raise ValueError(f"encoder {name}: {'not an encoder' if file else 'no such'} file of "
-                             f"assets/pretrain_encoder.py, nor toy, timm:MODEL, {', '.join(ENCODERS)}")
+        what = "not an encoder file" if file else "no such file"
+        check("vit" in file, f"encoder {name}: {what}, nor toy, timm:MODEL, {', '.join(ENCODERS)}")
         vit = VisionTransformer(**file["vit"])
         load_strict(vit, file["state_dict"], name)
         return Encoder(vit, image_size, file["mean"], file["std"])
     unlisted = name.removeprefix("timm:"), None, None, True, {}
     model, ratio, norm, antialias, extra = ENCODERS.get(name, unlisted)
     vit = load_timm(model, weights, flag, UNUSED, dynamic_img_size=True, **extra)
-    if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"encoder {name}: {model} is not a plain ViT")
+    check(isinstance(vit, VisionTransformer), f"encoder {name}: {model} is not a plain ViT")
     patch = vit.patch_embed.patch_size[0]
     ratio = ratio or (1 if image_size % patch == 0 else patch / 16)
-    mean, std = norm or (vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
-    encoder = Encoder(vit, round(image_size * ratio), mean, std, antialias)
-    encoder.image_size = image_size
-    return encoder
+    norm = norm or (vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
+    return Encoder(vit, round(image_size * ratio), *norm, antialias, image_size)
 
 # ------------------------------------------------------------------------------------------------ the decoder
-
 # (width, depth, heads, MLP dim); the published decoder is XL, whose MLP is narrower than 4 x width.
-DECODERS = {"toy": (128, 3, 4, 512), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096),
-            "XL": (1152, 28, 16, 4096)}
+DECODERS = dict(toy=(128, 3, 4, 512), B=(768, 12, 12, 3072), L=(1024, 24, 16, 4096), XL=(1152, 28, 16, 4096))
 
 def dense(n, out):
     return nn.ModuleDict({"dense": nn.Linear(n, out)})
@@ -226,7 +189,6 @@ class DecoderBlock(nn.Module):
         self.attention = nn.ModuleDict({"attention": qkv, "output": dense(width, width)})
         self.layernorm_after = nn.LayerNorm(width, eps=1e-12)
         self.intermediate, self.output = dense(width, mlp_dim), dense(mlp_dim, width)
-
     def forward(self, x):
         h = self.layernorm_before(x)
         q, k, v = (m(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -236,14 +198,10 @@ class DecoderBlock(nn.Module):
         return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
 
 class Decoder(nn.Module):
-    """MAE-style ViT: raw tokens (B, N, C) -> images (B, 3, H, W) in the encoder's normalised colours.
-
-    Its parameters bear the released names, so its state dict is a released file."""
-
+    """MAE-style ViT in released names: raw tokens (B, N, C) -> images (B, 3, H, W) in normalised colours."""
     def __init__(self, latent_dim, grid, patch_size, width, depth, heads, mlp_dim):
         super().__init__()
-        if width % 4 or width % heads:
-            raise ValueError(f"decoder width {width}: not a multiple of 4 and of {heads} heads")
+        check(width % 4 == width % heads == 0, f"decoder width {width}: no multiple of 4 and {heads} heads")
         self.config = dict(latent_dim=latent_dim, grid=grid, patch_size=patch_size, width=width, depth=depth,
                            heads=heads, mlp_dim=mlp_dim)
         self.latent_dim, self.grid, self.patch_size = latent_dim, grid, patch_size
@@ -254,7 +212,6 @@ class Decoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
         self.decoder_pred = nn.Linear(width, patch_size ** 2 * 3)
         self.checkpoint_activations = False            # True: blocks run again in the backward pass
-
     def forward(self, tokens):
         cls = self.trainable_cls_token.expand(len(tokens), -1, -1)
         x = torch.cat([cls, self.decoder_embed(tokens).float()], 1) + self.decoder_pos_embed
@@ -272,33 +229,23 @@ def sincos_2d(dim, grid):
     return torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], dim=1).float()
 
 # ---------------------------------------------------------------------------------------------- both together
-
 class RAE(nn.Module):
-    """Encoder and decoder with the latent's statistics between them.
-
-    mean, var: (C, h, w) over the training set as in a released stat.pt, one per position and channel; None
-    leaves the tokens as they are. tau: noise that the decoder is trained on (4.3), in train() mode only:
-    sigma = tau U(0, 1) per image ("uniform", as released) or |N(0, tau^2)| ("half-normal", the paper)."""
-
+    """Encoder and decoder, with mean and var (C, h, w) of the training set's tokens between them, or none.
+    tau: noise that the decoder is trained on (4.3), in train() mode only: sigma = tau U(0, 1) per image
+    ("uniform", as released) or |N(0, tau^2)| ("half-normal", the paper)."""
     def __init__(self, encoder, decoder, mean=None, var=None, tau=0.0, noise_dist="uniform"):
         super().__init__()
         shape = encoder.dim, encoder.grid, encoder.grid
-        if (decoder.latent_dim, decoder.grid) != shape[:2]:
-            raise ValueError(f"decoder and encoder do not fit: channels {decoder.latent_dim} and "
-                             f"{encoder.dim}, grid {decoder.grid} and {encoder.grid}")
-        for name, stat in (("mean", mean), ("var", var)):
-            if stat is not None and stat.shape != shape:
-                raise ValueError(f"statistics {name} have shape {tuple(stat.shape)}, not {shape}")
-        self.encoder, self.decoder, self.tau, self.noise_dist = encoder, decoder, tau, noise_dist
+        check((decoder.latent_dim, decoder.grid) == shape[:2], "decoder and encoder do not fit: channels "
+              f"{decoder.latent_dim} and {encoder.dim}, grid {decoder.grid} and {encoder.grid}")
         mean = torch.zeros(shape) if mean is None else mean
         std = torch.ones(shape) if var is None else (var + 1e-5).sqrt()
-        self.register_buffer("mean", mean.flatten(1).T.contiguous().float())          # (N, C)
-        self.register_buffer("std", std.flatten(1).T.contiguous().float())            # (N, C)
-
-    def fingerprint(self):
-        """Hash of the latent space, encoder and statistics, that a diffusion model is trained in."""
+        for name, stat in (("mean", mean), ("std", std)):
+            check(stat.shape == shape, f"statistics {name} have shape {tuple(stat.shape)}, not {shape}")
+            self.register_buffer(name, stat.flatten(1).T.contiguous().float())        # (N, C)
+        self.encoder, self.decoder, self.tau, self.noise_dist = encoder, decoder, tau, noise_dist
+    def fingerprint(self):                             # of the latent space: encoder and statistics
         return fingerprint({self.encoder.fingerprint: torch.zeros(0), "mean": self.mean, "std": self.std})
-
     def noised(self, tokens, generators=None):
         """Raw tokens (B, N, C), in train() mode with noise, from one generator per image or torch's own."""
         if not (self.training and self.tau):
@@ -307,45 +254,37 @@ class RAE(nn.Module):
         noise = [draw(1, generator=g, **kw).abs() * torch.randn(tokens.shape[1:], generator=g, **kw)
                  for g in generators or [None] * len(tokens)]
         return tokens + self.tau * torch.stack(noise)                                 # (B, N, C)
-
-    def encode(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> normalised latents z (B, N, C)."""
-        return self.normalise(self.noised(self.encoder(images).float()))
-
     def normalise(self, tokens):
         """Raw tokens (B, N, C) -> latents z (B, N, C) of mean 0 and variance 1."""
         return (tokens - self.mean) / self.std
-
+    def encode(self, images):
+        """Images (B, 3, H, W) in [0, 1] -> normalised latents z (B, N, C)."""
+        return self.normalise(self.noised(self.encoder(images)))
     def draw(self, tokens):
         """Raw tokens (B, N, C) -> images (B, 3, H, W), about [0, 1], not clamped."""
         return self.decoder(tokens) * self.encoder.std + self.encoder.mean
-
     def decode(self, z):
         """Normalised latents (B, N, C) -> images (B, 3, H, W), about [0, 1], not clamped."""
         return self.draw(z * self.std + self.mean)
 
 def encoded(encoder, data, batch_size, device):
-    """Raw tokens of all centre crops of a data set, as they are and flipped: (indices (b,), flip, (b, N, C)),
-    this process's share."""
+    """This process's share of a data set's raw tokens, centre crops: (indices (b,), flip, (b, N, C))."""
     mine = range(RANK, len(data), WORLD)
     for start in progress(range(0, len(mine), batch_size), batch_size):
         chosen = mine[start:start + batch_size]
         images = read_images(data, chosen, device)                                    # (b, 3, H, W)
         for flip in (0, 1):
-            yield chosen, flip, encoder(images.flip(-1) if flip else images).float()
+            yield chosen, flip, encoder(images.flip(-1) if flip else images)
 
 def latent_statistics(encoder, data, batch_size, device):
-    """Exact mean and population variance (C, h, w) of the tokens of a data set, centre crops in both flips.
-
-    One pass in float64. The released running average depends on the order and is wrong on small sets."""
+    """Exact mean and population variance (C, h, w) of the tokens of a data set in both flips, in float64.
+    The released running average depends on the order and is wrong on small sets."""
     sums = torch.zeros(2, encoder.grid ** 2, encoder.dim, dtype=torch.float64)
     for *_, tokens in encoded(encoder, data, batch_size, device):
         tokens = tokens.cpu().double()                                                # (b, N, C)
         sums += torch.stack([tokens.sum(0), tokens.square().sum(0)])
-    parts = [sums] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(parts, sums)
-    mean, square = sum(parts) / (2 * len(data))
+    average([sums])
+    mean, square = sums * WORLD / (2 * len(data))
     var = (square - mean ** 2).clamp(min=0)
     return [s.T.unflatten(1, (encoder.grid, encoder.grid)).float() for s in (mean, var)]
 
@@ -354,36 +293,29 @@ def latent_statistics(encoder, data, batch_size, device):
 # one under "ema" beside "mean" and "var" (C, h, w), the encoder's name and its hash, never the encoder.
 
 def load_released_decoder(state_dict_or_path, heads=None):
-    """Decoder from a state dict or file in the released names; its sizes are read from the shapes.
-
-    heads comes from a known width (768, 1024, 1152) unless given. What else a checkpoint of ours holds is in
-    the result's `about`. ValueError names a wrong or missing tensor."""
+    """Decoder from a state dict or file in the released names; sizes are the shapes', heads a known width's.
+    What else a checkpoint of ours holds is in the result's `about`. ValueError names a wrong tensor."""
     file, where = state_dict_or_path, "state dict"
     if not isinstance(file, dict):
         file, where = read_file(file), str(file)
     state = file.get("ema", file)
-    if any(key.startswith("blocks.") for key in state):
-        raise ValueError(f"{where}: this is a diffusion model, not an RAE decoder")
-
+    check("final_layer.linear.bias" not in state, f"{where}: a diffusion model, not an RAE decoder")
     def size(axis, *names):
         """What most tensors of these names say, so that one wrong tensor is the one that is named."""
         votes = [v.shape[axis] for k, v in state.items() if k.endswith(names) and v.ndim > axis]
-        if not votes:
-            raise ValueError(f"{where}: not an RAE decoder, tensor {names[0]} is missing")
+        check(votes, f"{where}: not an RAE decoder, tensor {names[0]} is missing")
         return mode(votes)
-
     width = size(0, "decoder_norm.weight", "layernorm_before.weight", "layernorm_after.weight")
-    heads = heads or file.get("config", {}).get("heads")
-    heads = heads or {w: h for w, _, h, _ in DECODERS.values()}.get(width)
-    if heads is None:
-        raise ValueError(f"{where}: a decoder of width {width} is of no known size; pass heads")
-    decoder = Decoder(size(1, "decoder_embed.weight"), math.isqrt(size(1, "decoder_pos_embed") - 1),
-                      math.isqrt(size(0, "decoder_pred.bias", "decoder_pred.weight") // 3), width,
-                      len({k.split(".")[1] for k in state if k.startswith("decoder_layers.")}), heads,
+    known = {w: h for w, _, h, _ in DECODERS.values()}.get(width)
+    heads = heads or file.get("config", {}).get("heads", known)
+    check(heads, f"{where}: a decoder of width {width} is of no known size; pass heads")
+    grid, pixels = math.isqrt(size(1, "decoder_pos_embed") - 1), size(0, "decoder_pred.bias", "pred.weight")
+    depth = len({k.split(".")[1] for k in state if k.startswith("decoder_layers.")})
+    decoder = Decoder(size(1, "decoder_embed.weight"), grid, math.isqrt(pixels // 3), width, depth, heads,
                       size(0, "intermediate.dense.weight", "intermediate.dense.bias"))
     load_strict(decoder, state, where)
-    training = ("ema", "model", "optimizer", "discriminator", "optimizer_d")
-    decoder.about = {k: v for k, v in file.items() if k not in training} if "ema" in file else {}
+    about = "encoder", "encoder_hash", "image_size", "mean", "var", "settings"
+    decoder.about = {k: file[k] for k in about if k in file}
     return decoder.eval()
 
 def load_strict(module, state, where):
@@ -391,29 +323,26 @@ def load_strict(module, state, where):
     try:
         module.load_state_dict(state)
     except RuntimeError as e:
-        raise ValueError(f"{where}: {' '.join(str(e).split())[:500]}") from None
+        raise ValueError(f"{where}: {' '.join(str(e).split())}") from None
 
 def read_file(path):
     """Tensors and plain values of a .pt or .safetensors file; code in a pickle is refused, never run."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
+    check(Path(path).is_file(), f"{path}: no such file")
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path}: holds more than tensors and is refused, since it could run code") from None
     except Exception as e:                       # torch and safetensors raise a dozen kinds for a broken file
-        raise ValueError(f"{path}: cannot be read, truncated? ({type(e).__name__})") from None
+        raise ValueError(f"{path}: cannot be read, truncated, or refused for holding more than tensors "
+                         f"({type(e).__name__})") from None
 
 def released_file(name, kind=0):
     """Local path of released:NAME (fetched once from Hugging Face), of "toy", or of a path."""
     if not str(name).startswith("released:"):
         return ASSETS / "toy_decoder.pt" if name == "toy" else name
     files = json.loads((ASSETS / "released.json").read_text())        # name: [file] or [decoder, statistics]
-    if name[9:] not in files:
-        raise ValueError(f"{name}: not released; names are {', '.join(files)}")
+    check(name[9:] in files, f"{name}: not released; names are {', '.join(files)}")
     from huggingface_hub import hf_hub_download
     repository, file = "nyu-visionx/RAE-collections", files[name[9:]][kind]
     try:
@@ -423,31 +352,23 @@ def released_file(name, kind=0):
                          f"{repository} elsewhere and pass its path") from None
 
 def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cpu"):
-    """RAE of a decoder: a checkpoint of train_decoder.py, "released:NAME", or a released file.
-
-    The first two know their encoder and statistics; a bare file needs encoder (a name) and stats (a file)."""
+    """RAE of a checkpoint of ours, "released:NAME", or a bare file, which needs an encoder and stats."""
     name, decoder = str(decoder), load_released_decoder(released_file(decoder))
     about = decoder.about
     if name.startswith("released:"):
         encoder, stats = encoder or name[9:].removesuffix("-512"), stats or released_file(name, 1)
     encoder = encoder or about.get("encoder")
-    if encoder is None:
-        raise ValueError(f"{name}: the file does not name its encoder; pass --encoder and --stats")
-    image_size = about.get("image_size", 16 * decoder.grid)
+    check(encoder, f"{name}: the file does not name its encoder; pass --encoder and --stats")
     weights = encoder_weights or about.get("settings", {}).get("encoder_weights")
-    frozen = build_encoder(encoder, image_size, weights)
-    if about.get("encoder_hash", frozen.fingerprint) != frozen.fingerprint:
-        raise ValueError(f"{name}: made for encoder weights {about['encoder_hash']}, but {encoder} now has "
-                         f"{frozen.fingerprint}; train the decoder again or restore those weights")
+    frozen = build_encoder(encoder, about.get("image_size", 16 * decoder.grid), weights)
+    theirs, ours = about.get("encoder_hash", frozen.fingerprint), frozen.fingerprint
+    check(theirs == ours, f"{name}: made for encoder weights {theirs}, not {ours}: restore them, or retrain")
     stat = read_file(stats) if stats else about
-    if "var" not in stat:
-        raise ValueError(f"{stats or name}: no latent statistics (var, mean) in it; pass --stats FILE")
+    check("var" in stat, f"{stats or name}: no latent statistics (var, mean) in it; pass --stats FILE")
     return RAE(frozen, decoder, stat.get("mean"), stat["var"]).to(device).eval().requires_grad_(False)
-
 # ------------------------------------------------------------------------------ what the training loops share
 # Every random draw is a function of (seed, step, position in the global batch), and the data order of (seed,
 # epoch): nothing random is stored, a resumed run is exact, and one process and eight do the same run.
-
 def keyed_numpy(*key):
     """Numpy generator of integers. Their count goes first: to numpy (a, b) and (a, b, 0) are one seed."""
     return np.random.default_rng((len(key), *key))
@@ -460,23 +381,17 @@ def keyed_noise(keys, shape, device):
     """Standard normal (len(keys), *shape), each row from its own key."""
     return torch.stack([torch.randn(shape, generator=keyed(device, *key), device=device) for key in keys])
 
-@lru_cache(2)
-def epoch_order(seed, epoch, n):
-    return keyed_numpy(seed, epoch).permutation(n)
+epoch_order = lru_cache(2)(lambda seed, epoch, n: keyed_numpy(seed, epoch).permutation(n))
 
 class Batches(torch.utils.data.Dataset):
-    """Item s is this process's share of step s: images (b, 3, H, W) uint8 and labels (b,).
-
-    rows are the share's positions in the global batch, parts its micro-batches of up to `micro` images."""
-
+    """Item s is this process's share of step s: images (b, 3, H, W) uint8 and labels (b,). `rows` are the
+    share's positions in the global batch, `parts` its slices of up to `micro` images."""
     def __init__(self, data, batch_size, seed, flip, micro=None, rank=RANK, world=WORLD):
-        if batch_size % world:
-            raise ValueError(f"--batch-size {batch_size} (global) cannot be split over {world} processes")
+        check(batch_size % world == 0, f"--batch-size {batch_size} (global): no share for {world} processes")
         self.data, self.batch_size, self.seed, self.flip = data, batch_size, seed, flip
         share = batch_size // world
         self.rows = range(rank * share, (rank + 1) * share)
         self.parts = [slice(i, min(i + (micro or share), share)) for i in range(0, share, micro or share)]
-
     def __getitem__(self, step):
         indices, images, n = [], [], len(self.data)
         for row in self.rows:
@@ -486,57 +401,44 @@ class Batches(torch.utils.data.Dataset):
             images.append(self.data.load(indices[-1], rng, self.flip and rng.random() < 0.5))
         return torch.from_numpy(np.stack(images)), torch.from_numpy(self.data.labels[indices])
 
-def ignore_interrupts(worker):
-    """Ctrl-C reaches the workers too; they must live until the main process has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
 def positive(text):
     """argparse type of a whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: not a whole number above 0")
+    check(int(text) > 0, text)
     return int(text)
 
-def training_flags(p):
-    """What both loops are asked."""
-    p.add_argument("--data", help="toy, or a folder of images (its folders are the classes)")
-    p.add_argument("--encoder-weights", help="local file of the encoder's weights, timm's names")
-    p.add_argument("--init", help="start from these weights: a checkpoint or released:NAME")
-    p.add_argument("--resume", choices=["auto", "never"], default="auto", help="auto: go on with a run")
-    p.add_argument("--steps", type=positive, help="optimiser steps")
-    p.add_argument("--batch-size", type=positive, help="images a step, over all processes (paper: 512, 1024)")
-    p.add_argument("--micro-batch", type=positive, help="images at once in a process; unset: its whole share")
-    p.add_argument("--lr", type=float, help="peak learning rate (paper: 2e-4)")
-    p.add_argument("--lr-end", type=float, help="learning rate at the end (paper: 2e-5)")
-    p.add_argument("--ema", type=float, help="decay of the averaged weights (paper: 0.9978, 0.9995)")
-    p.add_argument("--compile", action="store_true", help="compile the trained model")
-    p.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more time")
-    p.add_argument("--log-every", type=positive, help="steps between lines of the log")
-    p.add_argument("--save-every", type=positive, help="steps between checkpoints")
-    p.add_argument("--workers", type=int, help="processes that read images")
-
-def parse(p, presets):
-    """Arguments whose defaults are those of --preset; any flag given wins. Adds what every script has."""
-    p.add_argument("--preset", choices=presets, default="toy", help="all other defaults")
-    p.add_argument("--seed", type=int, default=0, help="of everything random")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=presets, default="toy")
-    p.set_defaults(**presets[first.parse_known_args()[0].preset])
-    return p.parse_args()
+def parser(doc, presets, training=True):
+    """Argument parser of every script, with the defaults of --preset; with `training`, of both loops."""
+    p = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False, add_help=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = p.add_argument
+    flag("--preset", choices=presets, default="toy", help="all other defaults")
+    p.set_defaults(**presets[p.parse_known_args()[0].preset])
+    flag("-h", "--help", action="help", help="show this")
+    flag("--seed", type=int, default=0, help="of everything random")
+    flag("--device", choices=DEVICES, default=DEVICES[0], help="where to compute")
+    flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda")
+    flag("--encoder-weights", help="local file of the encoder's weights, timm's names")
+    flag("--batch-size", type=positive, help="images a step, over all processes (paper: 512, 1024)")
+    if training:
+        flag("--data", help="toy, or a folder of images (its folders are the classes)")
+        flag("--init", help="start from these weights: a checkpoint or released:NAME")
+        flag("--resume", choices=["auto", "never"], default="auto", help="auto: go on with a run")
+        flag("--steps", type=positive, help="optimiser steps")
+        flag("--micro-batch", type=positive, help="images at once in a process; unset: its whole share")
+        flag("--lr", type=float, help="peak learning rate (paper: 2e-4)")
+        flag("--lr-end", type=float, help="learning rate at the end (paper: 2e-5)")
+        flag("--ema", type=float, help="decay of the averaged weights (paper: 0.9978, 0.9995)")
+        flag("--compile", action="store_true", help="compile the trained model")
+        flag("--checkpoint-activations", action="store_true", help="less memory, a third more time")
+        flag("--log-every", type=positive, help="steps between lines of the log")
+        flag("--save-every", type=positive, help="steps between checkpoints")
+        flag("--workers", type=int, help="processes that read images")
+    return p
 
 def start(args):
-    """The device of this process, after saying what was chosen.
-
-    One path: under torchrun the group is torchrun's, alone it is a group of one, which needs no port."""
+    """The device of this process, in torchrun's group or, alone, in a group of one, which needs no port."""
     kind = args.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device {kind}: not on this machine; use --device auto") from None
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
     if args.precision == "auto":
         args.precision = "bf16" if kind == "cuda" else "fp32"
     tf32 = args.precision == "bf16"                    # fp32 means float32, so TF32 is off there
@@ -545,7 +447,7 @@ def start(args):
         torch.backends.cuda.enable_cudnn_sdp(False)    # gave NaN in bf16 under torch 2.13
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", **alone)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **alone)
     say(f"{device} x {WORLD}, {args.precision}" + f", TF32 {'on' if tf32 else 'off'}" * (kind == "cuda"))
     return device
 
@@ -558,26 +460,22 @@ def say(text):
     if RANK == 0:
         print(text, flush=True)
 
-def progress(steps, batch_size):
+def progress(steps, batch_size, total=None):
     """The steps, on a terminal's first process under a bar with images/s and the time left."""
-    return tqdm(steps, unit="image", unit_scale=batch_size, disable=RANK > 0 or not sys.stderr.isatty())
+    return tqdm(steps, total=total, unit="image", unit_scale=batch_size, disable=RANK > 0 or None)
 
 def cli(main):
     """Run a script; a user's mistake ends in one line, and only a fault of ours in a traceback."""
     try:
         main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {str(e).strip().splitlines()[-1].removeprefix('ValueError: ')}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    except (ValueError, OSError, KeyboardInterrupt) as e:
+        sys.exit(f"error: {(str(e) or 'stopped').strip().splitlines()[-1].removeprefix('ValueError: ')}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 def average(tensors):
-    """Replace each by its mean over the processes, in one call: all of data parallelism here.
-
-    DDP would overlap it with the backward pass, and hide how often gradients are summed, and when."""
+    """Replace each by its mean over the processes, in one call: all of data parallelism here."""
     if WORLD > 1:
         flat = torch.cat([x.flatten() for x in tensors])
         dist.all_reduce(flat)
@@ -585,32 +483,26 @@ def average(tensors):
             x.copy_(mean.view_as(x))
 
 class Optimizer(torch.optim.AdamW):
-    """AdamW as both stages have it, without weight decay; steps only on finite gradients.
-
-    Other steps are skipped and counted, and five in a row end the run. Gradients are averaged over processes
-    first, so that all of them skip or stop together."""
-
+    """AdamW as both stages have it, without weight decay; it steps only on gradients that are finite, after
+    their average over processes: others are skipped and counted, and five in a row end the run."""
     def __init__(self, model, betas=(0.9, 0.95)):
         super().__init__(model.parameters(), betas=betas, weight_decay=0.0, fused=True)
         self.skipped = self.in_a_row = 0
-
     def update(self, lr, clip=0.0):
         """A step at this rate, after which no gradients are left: (their norm, whether it was taken)."""
         group, = self.param_groups
         gradients = [p.grad for p in group["params"]]
         average(gradients)
         norm = nn.utils.get_total_norm(gradients)
-        fine = bool(norm.isfinite())
+        group["lr"], fine = lr, bool(norm.isfinite())
         if fine:
-            if clip and norm > clip:
+            if clip:
                 nn.utils.clip_grads_with_norm_(group["params"], clip, norm)
-            group["lr"] = lr
             self.step()
-        self.zero_grad(set_to_none=True)
+        self.zero_grad()
         self.skipped, self.in_a_row = self.skipped + (not fine), 0 if fine else self.in_a_row + 1
-        if self.in_a_row == 5:
-            raise ValueError("the loss was not finite for 5 steps in a row; the last checkpoint is kept: go "
-                             "on from it with --init and another --out, a lower --lr or --precision fp32")
+        check(self.in_a_row < 5, "the loss was not finite for 5 steps in a row; the last checkpoint is kept: "
+              "go on from it with --init and another --out, a lower --lr or --precision fp32")
         return norm, fine
 
 def update_ema(ema, model, decay, step):
@@ -619,57 +511,46 @@ def update_ema(ema, model, decay, step):
     for e, p in zip(ema.parameters(), model.parameters()):
         e.data.lerp_(p.data, 1 - d)
 
+# Settings that change how a run goes, or what is looked at, and not its weights.
+FREE = set("out resume device workers micro_batch compile checkpoint_activations eval_every eval_num "
+           "fid_every fid_num fid_reference eval_sigma inception log_every sample_every save_every".split())
+
 class Run:
-    """A training run in --out: its settings, checkpoints, log, and what is due at a step.
-
-    `saved` is its newest whole checkpoint, or {}. ValueError if the folder holds another run: it names the
-    differences."""
-
+    """A training run in --out: settings, checkpoints, log, what is due at a step. `saved` is its newest whole
+    checkpoint, or {}. ValueError if the folder holds another run, with the differences."""
     def __init__(self, args, kind):
-        free = ("out", "resume", "device", "workers", "micro_batch", "compile", "checkpoint_activations",
-                "eval_every", "eval_num", "eval_sigma", "fid_every", "fid_num", "fid_reference", "inception",
-                "log_every", "sample_every", "save_every")
         self.args, self.out, self.saved, self.parts, self.stopped = args, Path(args.out), {}, {}, False
-        self.about = dict(kind=kind, settings={k: v for k, v in vars(args).items() if k not in free})
-        paths = [path for path in (self.out / "checkpoint.pt", self.out / "previous.pt") if path.exists()]
-        for path in paths:
+        here = dict(kind=kind) | {k: v for k, v in vars(args).items() if k not in FREE}
+        for path in (self.out / "checkpoint.pt", self.out / "previous.pt"):
             try:
-                self.saved = self.saved or read_file(path)
+                self.saved = self.saved or (read_file(path) if path.exists() else {})
             except ValueError as e:
                 say(f"{e}; trying the one before")
-        found, theirs = self.saved.get("kind"), self.saved.get("settings", {})
-        other = "; ".join(f"{k} {theirs.get(k)} there, {v} here" for k, v in self.about["settings"].items()
-                          if theirs.get(k) != v)
+        there, self.settings = self.saved.get("settings", {}), here
+        other = "; ".join(f"{k} {there.get(k)} there, {v} here" for k, v in here.items() if there.get(k) != v)
         early = {"log.jsonl", "log.tmp", "pairs.png", "eval.png", "checkpoint.tmp"}    # a run killed at once
         used = self.out.exists() and {f.name for f in self.out.iterdir()} - early
-        for wrong, what in ((paths and args.resume == "never", "holds a run, and --resume never"),
-                            (used and not self.saved, "not empty, without a whole checkpoint of ours"),
-                            (paths and found != kind, f"holds a {found} run, not a {kind} run"),
-                            (paths and other, f"holds a run with other settings ({other})")):
-            if wrong:
-                raise ValueError(f"{self.out}: {what}; pass another --out")
+        for wrong, what in ((used and not self.saved, "not empty, without a whole checkpoint of ours"),
+                            (used and args.resume == "never", "holds a run, and --resume never"),
+                            (used and other, f"holds a run with other settings ({other})")):
+            check(not wrong, f"{self.out}: {what}; pass another --out")
         self.first, steps = self.saved.get("step", 0), [None] * WORLD
         dist.all_gather_object(steps, self.first)
-        if len(set(steps)) > 1:
-            raise ValueError(f"{self.out}: not the same on all nodes (steps {steps}); they must share it")
+        check(len(set(steps)) == 1, f"{self.out}: not the same on all nodes (steps {steps}): share it")
         if 0 < self.first < args.steps:
             say(f"{self.out}: continuing at step {self.first}")
-
     def restore(self, **parts):
         """Give the parts, which have a state_dict, what they had in the checkpoint; `save` will save them."""
         self.parts = parts
         for name, part in parts.items() if self.saved else ():
             part.load_state_dict(self.saved.pop(name))
-
     def steps(self, batches, device, n):
-        """The steps that are left, then one more at which all that is due has its last turn.
-
-        `sums` (n,) is the loop's, for what it measures between two lines of the log."""
+        """The steps that are left, then one more for what is due at the end. The loop adds to `sums` (n,)."""
         args, self.sums, self.logged = self.args, torch.zeros(n, device=device), self.first
+        signal.signal(signal.SIGINT, signal.SIG_IGN)   # so for workers: they must live until we have saved
         self.stream = iter(torch.utils.data.DataLoader(
             batches, batch_size=None, sampler=range(self.first, args.steps), num_workers=args.workers,
-            prefetch_factor=4 if args.workers else None, pin_memory=device.type == "cuda",
-            worker_init_fn=ignore_interrupts))
+            prefetch_factor=4 if args.workers else None, pin_memory=device.type == "cuda"))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
         if RANK == 0:                                  # the log drops what a resumed run will repeat
@@ -684,33 +565,29 @@ class Run:
             average([stopped := torch.tensor(float(self.stopped), device=device)])    # all leave together
             self.last = self.step == args.steps or bool(stopped)
             yield self.step
-
     def stop(self, number, frame):
-        """SIGTERM or SIGINT came: the loop saves before it ends. A second signal ends it at once."""
+        """On SIGTERM or SIGINT the loop saves before it ends; a second signal ends it at once."""
         self.stopped = True
         signal.signal(number, signal.SIG_DFL)
-
     def due(self, every):
         """Whether this step is one of every so many, or the last."""
         return self.step > self.first and (self.step % every == 0 or self.last)
-
     def batch(self):
         """This step's; the wait is counted."""
         began = time.time()
         batch = next(self.stream)
         self.waited += time.time() - began
         return batch
-
-    def means(self):
-        """(The sums since the last call over steps and processes, the pace since then for the log)."""
+    def means(self, *optimizers):
+        """(Means of the sums since the last call over steps and processes, what the log says of the pace)."""
         average([self.sums])
         steps, seconds = self.step - self.logged, time.time() - self.began
         means, rate = self.sums / steps, steps * self.args.batch_size / seconds
-        pace = dict(images_per_s=rate, waiting=self.waited / seconds,
-                    minutes_left=(self.args.steps - self.step) * self.args.batch_size / rate / 60)
+        left = (self.args.steps - self.step) * self.args.batch_size
+        pace = dict(lr=optimizers[0].param_groups[0]["lr"], skipped=sum(o.skipped for o in optimizers),
+                    images_per_s=rate, waiting=self.waited / seconds, minutes_left=left / rate / 60)
         self.sums, self.logged, self.began, self.waited = torch.zeros_like(means), self.step, time.time(), 0
         return means, pace
-
     def log(self, **numbers):
         """A line of log.jsonl, a JSON object, also printed."""
         if RANK == 0:
@@ -718,16 +595,13 @@ class Run:
             with open(self.out / "log.jsonl", "a") as f:
                 f.write(json.dumps(numbers) + "\n")
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if not isinstance(v, list)))
-
     def save(self, **about):
-        """Write checkpoint.pt by a temporary file, sync and rename: kills and full disks leave a whole one.
-
-        The checkpoint before becomes previous.pt."""
+        """Write checkpoint.pt by a temporary file, sync and rename: kills and full disks leave one."""
         path, new = self.out / "checkpoint.pt", self.out / "checkpoint.tmp"
         states = {name: part.state_dict() for name, part in self.parts.items()}
         try:
             with open(new, "wb") as f:
-                torch.save(self.about | dict(step=self.step) | about | states, f)
+                torch.save(dict(settings=self.settings, step=self.step) | about | states, f)
                 f.flush()
                 os.fsync(f.fileno())
         except (OSError, RuntimeError) as e:           # torch's writer turns a full disk into the latter
@@ -741,8 +615,7 @@ class Run:
 def save_grid(images, path, columns):
     """Images (B, 3, H, W) in [0, 1] as one PNG, row by row, small ones enlarged to about 64 px."""
     rows, zoom = math.ceil(len(images) / columns), max(1, 64 // images.shape[2])
-    sheet = F.pad(to_uint8(images).cpu(), (1, 1, 1, 1), value=255)                    # (B, 3, h, w)
-    sheet = F.pad(sheet, (0, 0, 0, 0, 0, 0, 0, rows * columns - len(images)), value=255)
+    sheet = F.pad(to_uint8(images).cpu(), (1, 1, 1, 1, 0, 0, 0, rows * columns - len(images)), value=255)
     sheet = sheet.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet.repeat(zoom, 0).repeat(zoom, 1)).save(path)

@@ -5,20 +5,13 @@
     torchrun --standalone --nproc_per_node=8 train_decoder.py --preset imagenet256 --data imagenet/train
     python train_decoder.py --eval-only --ckpt out/decoder/checkpoint.pt # the numbers of a decoder
 
-L = L1 + perceptual + 0.75 lambda GAN. Two frozen critics look at the images: for the paper's run LPIPS
-(VGG16) and a discriminator on DINO-S/8; offline both look through the frozen encoder itself (--critics).
-
-Writes checkpoint.pt (EMA decoder, latent statistics, what a resume needs), grid_*.png (rows: input,
-reconstruction, reconstruction from noisy latents), log.jsonl. The same command continues a stopped run.
+L = L1 + perceptual + 0.75 lambda GAN, by two frozen critics (--critics): LPIPS (VGG16) and a discriminator on
+DINO-S/8, or offline the frozen encoder itself. Writes checkpoint.pt (EMA decoder, latent statistics, what a
+resume needs), grid_*.png (rows: input, reconstruction, reconstruction from noisy latents) and log.jsonl.
 """
 
-import argparse
-import copy
-import hashlib
-import json
-import math
+import copy, hashlib, json, math
 from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,38 +20,30 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from fid import Moments, frechet_distance, load_inception
 from rae import (DECODERS, RAE, RANK, WORLD, Batches, Decoder, Optimizer, Run, autocast, average,
-                 build_encoder, cli, keyed, keyed_noise, keyed_numpy, latent_statistics, load_rae,
-                 load_released_decoder, load_strict, load_timm, open_data, parse, positive, psnr, read_file,
-                 read_images, released_file, save_grid, say, spread, start, training_flags, update_ema)
+                 build_encoder, check, cli, keyed, keyed_noise, keyed_numpy, latent_statistics, load_rae,
+                 load_released_decoder, load_strict, load_timm, open_data, parser, positive, psnr, read_file,
+                 read_images, released_file, save_grid, say, start, update_ema)
 
 # ImageNet: 2,502 steps an epoch of 1,281,167 images, 16 epochs (Table 12; as released where they differ).
 IMAGENET = dict(data="imagenet/train", encoder="dinov2-b", image_size=256, resize=384, size="XL",
                 critics="published", perceptual=1.0, gan=0.75, batch_size=512, steps=40032, lr=2e-4,
                 lr_end=2e-5, warmup=2502, ema=0.9978, workers=12, log_every=100, eval_every=2500,
                 eval_num=2000, save_every=2500)
-PRESETS = {
-    "toy": dict(data="toy", encoder="toy", image_size=32, size="toy",
-                critics="encoder", perceptual=1.0, gan=0.1, batch_size=64, steps=800, lr=2e-3, lr_end=1e-4,
-                warmup=50, ema=0.99, workers=0, log_every=100, eval_every=200, eval_num=500, save_every=400),
-    "imagenet256": IMAGENET,
-    "imagenet512": IMAGENET | dict(image_size=512, resize=768),
-}
-LPIPS_URL = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/"
-             "vgg.pth")
+TOY = dict(data="toy", encoder="toy", image_size=32, size="toy", critics="encoder", perceptual=1.0, gan=0.1,
+           batch_size=64, steps=800, lr=2e-3, lr_end=1e-4, warmup=50, ema=0.99, workers=0, log_every=100,
+           eval_every=200, eval_num=500, save_every=400)
+PRESETS = dict(toy=TOY, imagenet256=IMAGENET, imagenet512=IMAGENET | dict(image_size=512, resize=768))
+LPIPS_URL = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
 LPIPS_MD5 = "d507d7349b931f0638a25a48a722f98a"
 
 # ----------------------------------------------------------------------------------------- the frozen critics
-
 class VitTaps(nn.Module):
-    """Tokens of a frozen encoder's ViT for images (B, 3, H, W) in [0, 1], resized to what it sees: (B, N, C)
-    after the last block, then after each quarter; no final norm, no prefix tokens."""
-
+    """Tokens (B, N, C) of a frozen encoder's last block, then of each quarter, without the final norm, for
+    images (B, 3, H, W) in [0, 1], resized to what it sees."""
     def __init__(self, encoder):
         super().__init__()
-        depth = len(encoder.vit.blocks)
-        self.encoder, self.width = encoder, encoder.dim
+        self.encoder, self.width, depth = encoder, encoder.dim, len(encoder.vit.blocks)
         self.blocks = sorted({max(1, depth * k // 4) - 1 for k in (1, 2, 3, 4)})
-
     def forward(self, images):
         e = self.encoder
         if images.shape[-1] != e.input_size:
@@ -69,38 +54,27 @@ class VitTaps(nn.Module):
 
 class VggTaps(nn.Module):
     """relu1_2, 2_2, 3_3, 4_3 and 5_3 of VGG16, as LPIPS sees images in [0, 1]: five of (B, positions, C)."""
-
     def __init__(self, weights=None):
         super().__init__()
-        vgg = load_timm("vgg16.tv_in1k", weights, "--vgg-weights", unused=("pre_logits.", "head."))
-        ends = (0, 4, 9, 16, 23, 30)
-        self.slices = nn.ModuleList(vgg.features[a:b] for a, b in zip(ends, ends[1:]))
+        self.vgg = load_timm("vgg16.tv_in1k", weights, "--vgg-weights", unused=("pre_logits.", "head."))
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
         self.requires_grad_(False).eval()
-
     def forward(self, images):
-        x, taps = (2 * images - 1 - self.mean) / self.std, []
-        for layers in self.slices:
-            x = layers(x)
-            taps.append(x.flatten(2).transpose(1, 2))
-        return taps
+        images = (2 * images - 1 - self.mean) / self.std
+        taps = self.vgg.forward_intermediates(images, range(5), stop_early=True, intermediates_only=True)
+        return [x.flatten(2).transpose(1, 2) for x in taps]
 
 class Perceptual(nn.Module):
-    """Distance (B,) of two batches of images in [0, 1]: LPIPS for VggTaps with its learned weights.
-
-    Features of unit length, their squared difference, weighted by channel (1 / taps unless given), mean over
-    positions, sum over taps. Always float32; gradients reach the first images."""
-
+    """Distance (B,) of two batches of images in [0, 1], LPIPS for VggTaps with its learned weights: features
+    of unit length, their squared difference, weighted by channel (1 / taps unless given), mean over positions
+    and sum over taps. Always float32; gradients reach the first images."""
     def __init__(self, taps, weights=None):
         super().__init__()
         self.taps, self.weights = taps, weights
-
     def forward(self, a, b):
         with torch.autocast(a.device.type, enabled=False):
-            with torch.no_grad():
-                b = self.taps(b.float())
-            a = self.taps(a.float())
+            a, b = self.taps(a.float()), self.taps(b.float())
             a, b = ([x / (x.norm(dim=2, keepdim=True) + 1e-10) for x in taps] for taps in (a, b))
             weights = self.weights or [torch.full_like(a[0][0, 0], 1 / len(a))] * len(a)
             return sum(((x - y).square() @ w).mean(1) for x, y, w in zip(a, b, weights))   # (B,)
@@ -115,33 +89,26 @@ def lpips(args, device):
         except OSError as e:
             raise ValueError(f"LPIPS' weights cannot be fetched ({type(e).__name__}); download {LPIPS_URL} "
                              f"(md5 {LPIPS_MD5}) and pass --lpips-weights FILE") from None
-    file = read_file(path)
+    file, names = read_file(path), [f"lin{i}.model.1.weight" for i in range(5)]
+    missing = ", ".join(name for name in names if name not in file)
+    check(not missing, f"{path}: not LPIPS' VGG weights, {missing} missing")
     if hashlib.md5(path.read_bytes()).hexdigest() != LPIPS_MD5:
         say(f"warning: {path} is not LPIPS' published file (md5 {LPIPS_MD5})")
-    try:
-        weights = [file[f"lin{i}.model.1.weight"].flatten().to(device) for i in range(5)]
-    except KeyError as e:
-        raise ValueError(f"{path}: not LPIPS' VGG weights, {e} is missing") from None
-    return Perceptual(VggTaps(args.vgg_weights).to(device), weights)
+    return Perceptual(VggTaps(args.vgg_weights).to(device), [file[k].flatten().to(device) for k in names])
 
 class Discriminator(nn.Module):
-    """The trained part of D, a head per tap: taps of (B, N, C) -> logits (B, taps N), one per token.
-
-    Each norm is over the tokens of one image; all convolutions are spectrally normalised (appendix C)."""
-
+    """The trained part of D, a head per tap of (B, N, C) -> logits (B, taps N), one per token. Norms are over
+    the tokens of one image, and all convolutions are spectrally normalised (appendix C)."""
     def __init__(self, width, taps):
         super().__init__()
-
         def conv(out, kernel):
             return spectral_norm(nn.Conv1d(width, out, kernel, padding=kernel // 2, padding_mode="circular"))
-
         def layer(kernel):
-            return nn.Sequential(conv(width, kernel), nn.InstanceNorm1d(width, eps=1e-6, affine=True),
-                                 nn.LeakyReLU(0.2))
+            norm = nn.InstanceNorm1d(width, eps=1e-6, affine=True)
+            return nn.Sequential(conv(width, kernel), norm, nn.LeakyReLU(0.2))
         self.first = nn.ModuleList(layer(1) for _ in range(taps))
         self.mix = nn.ModuleList(layer(9) for _ in range(taps))
         self.last = nn.ModuleList(conv(1, 1) for _ in range(taps))
-
     def forward(self, taps):
         logits = []
         for first, mix, last, x in zip(self.first, self.mix, self.last, taps):
@@ -150,10 +117,8 @@ class Discriminator(nn.Module):
         return torch.cat(logits, 1).float()
 
 def diffaug(x, u):
-    """Differentiable augmentation of images (B, 3, H, W) in [-1, 1] by uniform u (B, 5) in [0, 1).
-
-    A shift of up to an eighth, zero-padded, then brightness + U(-.5, .5), saturation x U(0, 2), contrast x
-    U(.5, 1.5): all of them for every image (Zhao et al. 2020)."""
+    """DiffAug (Zhao et al. 2020) of images (B, 3, H, W) in [-1, 1] by uniform u (B, 5): a shift of up to an
+    eighth, zero-padded, then brightness + U(-.5, .5), saturation x U(0, 2), contrast x U(.5, 1.5)."""
     size, s = x.shape[-1], round(x.shape[-1] / 8)
     corners = (u[:, :2] * (2 * s + 1)).long().tolist()
     x = torch.stack([image[:, top:top + size, left:left + size]
@@ -171,19 +136,17 @@ def hinge(logits):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 def adaptive_weight(of_reconstruction, of_gan):
-    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6), within [0, 1e4], of both losses' gradients at the
-    last layer's weight, over the global batch (as released; the paper's are at the image)."""
+    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6), within [0, 1e4], of the gradients at the last
+    layer's weight, over the global batch (as released; the paper's are at the image)."""
     return (of_reconstruction.norm() / (of_gan.norm() + 1e-6)).clamp(0, 1e4)
 
 # -------------------------------------------------------------------------------------------------- the score
-
 def ssim(a, b):
     """Structural similarity of images (B, 3, H, W) in [0, 1], (B,): per colour, Gaussian window of 11 px and
     sigma 1.5 that stays inside the image, K = 0.01, 0.03 (Wang et al. 2004)."""
     x = torch.arange(11, device=a.device) - 5.0
     g = (-x.square() / (2 * 1.5 ** 2)).exp()
     g = (g / g.sum()).repeat(3, 1, 1, 1)                                              # (3, 1, 1, 11)
-
     def blur(y):
         return F.conv2d(F.conv2d(y, g, groups=3), g.transpose(2, 3), groups=3)
     mu_a, mu_b = blur(a), blur(b)
@@ -191,21 +154,17 @@ def ssim(a, b):
     return ((2 * mu_a * mu_b + 1e-4) * (2 * cov + 9e-4)
             / ((mu_a ** 2 + mu_b ** 2 + 1e-4) * (var_a + var_b + 9e-4))).mean((1, 2, 3))
 
-def look(encoder, images):
-    """Tokens (B, N, C) of images that may be larger than the encoder's (section 6.1)."""
-    return encoder(F.avg_pool2d(images, images.shape[-1] // encoder.image_size)).float()
-
-@torch.no_grad()
 def evaluate(rae, data, distance, inception, args):
-    """Numbers of --eval-num images, and a grid of 16: PSNR (dB), SSIM, LPIPS where its weights are, and the
-    Frechet distance to the images: rFID with Inception weights, else in the encoder's features. Once from
-    clean latents, once ("_noisy") with noise of --eval-sigma on the raw tokens."""
-    device, rows, sums, moments = rae.mean.device, spread(data, args.eval_num), {}, {}
-    features = inception or (lambda x: (look(rae.encoder, x / 255).mean(1),))
+    """Numbers of --eval-num images, and a grid of 16: PSNR (dB), SSIM, LPIPS if given, and the Frechet
+    distance to the images, rFID with Inception weights, else in the encoder's features; from clean latents
+    and ("_noisy") with noise of --eval-sigma on the raw tokens."""
+    device, sums, moments, num = rae.mean.device, {}, {}, min(args.eval_num, len(data))
+    rows = np.linspace(0, len(data) - 1, num).astype(int)
+    features = inception or (lambda x: (rae.encoder(x / 255).mean(1),))
     for first in range(0, len(rows), args.batch_size):
         chosen = rows[first:first + args.batch_size]
         images = read_images(data, chosen, device)                                    # (B, 3, H, W)
-        tokens = look(rae.encoder, images)                                            # (B, N, C)
+        tokens = rae.encoder(images)                                            # (B, N, C)
         noise = keyed_noise([(args.seed, first + i) for i in range(len(chosen))], tokens.shape[1:], device)
         clean, noisy = (rae.draw(x).clamp(0, 1) for x in (tokens, tokens + args.eval_sigma * noise))
         for name, x in (("real", images), ("", clean), ("_noisy", noisy)):
@@ -222,7 +181,6 @@ def evaluate(rae, data, distance, inception, args):
     return numbers, grid
 
 # ----------------------------------------------------------------------------------------------- the training
-
 def learning_rate(step, steps, args):
     """Linear warm-up from 0, then a cosine from lr to lr_end at the last of the steps."""
     if step < args.warmup:
@@ -231,65 +189,63 @@ def learning_rate(step, steps, args):
     return args.lr_end + (args.lr - args.lr_end) * (0.5 + 0.5 * math.cos(math.pi * done))
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    training_flags(p)
-    p.add_argument("--val-data", help="folder to evaluate on; without it training images serve")
-    p.add_argument("--encoder", help="toy, dinov2-{s,b,l}, siglip2-b, mae-b, timm:MODEL or a file")
-    p.add_argument("--image-size", type=positive, help="pixels of the decoded image")
-    p.add_argument("--resize", type=int, help="short side before a random crop (paper: 384); unset: centre")
-    p.add_argument("--size", choices=DECODERS, help="decoder: width and depth (paper: XL)")
-    p.add_argument("--upsample", type=positive, default=1, help="decoded pixels per encoder pixel (6.1: 2)")
-    p.add_argument("--noise-tau", type=float, default=0.8, help="latent noise, 0 for none (paper: 0.8)")
-    p.add_argument("--noise-dist", choices=["uniform", "half-normal"], default="uniform",
-                   help="sigma = tau U(0, 1), as released, or |N(0, tau^2)|, the paper's")
-    p.add_argument("--critics", choices=["encoder", "published"],
-                   help="published: LPIPS and DINO-S/8; encoder: both on the encoder's own features")
-    p.add_argument("--lpips-weights", help="local file of LPIPS' VGG weights (v0.1)")
-    p.add_argument("--vgg-weights", help="local file of VGG16's weights, timm's names")
-    p.add_argument("--dino-weights", help="local file of DINO-S/8's weights, timm's names")
-    p.add_argument("--perceptual", type=float, help="weight of the perceptual loss (paper: 1)")
-    p.add_argument("--gan", type=float, help="weight of the GAN loss, 0 for none (paper: 0.75)")
-    p.add_argument("--starts", type=float, nargs=3, default=(0, 0.375, 0.5), metavar=("LPIPS", "D", "GAN"),
-                   help="when each begins, as a share of the run (paper: epochs 0, 6 and 8 of 16)")
-    p.add_argument("--warmup", type=int, help="steps of linear warm-up (paper: 1 of 16 epochs)")
-    p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help="of AdamW (paper: 0.5 0.9)")
-    p.add_argument("--eval-only", action="store_true", help="print the numbers of --ckpt and stop")
-    p.add_argument("--ckpt", help="with --eval-only: a checkpoint, released:NAME or a released file")
-    p.add_argument("--stats", help="with --eval-only: latent statistics of a bare released file")
-    p.add_argument("--eval-num", type=positive, help="images to evaluate on")
-    p.add_argument("--eval-sigma", type=float, default=0.8, help="latent noise of the _noisy numbers")
-    p.add_argument("--inception", help="file of the 2015 Inception weights, for rFID")
-    p.add_argument("--out", default="out/decoder", help="folder of the run")
-    p.add_argument("--eval-every", type=positive, help="steps between evaluations")
-    args = parse(p, PRESETS)
-    if args.resize and args.resize < args.image_size:
-        raise ValueError(f"--resize {args.resize} is below --image-size {args.image_size}")
-    if args.image_size % args.upsample:
-        raise ValueError(f"--image-size {args.image_size} is not a multiple of --upsample {args.upsample}")
+    p = parser(__doc__, PRESETS)
+    flag = p.add_argument
+    flag("--val-data", help="folder to evaluate on; without it training images serve")
+    flag("--encoder", help="toy, dinov2-{s,b,l}, siglip2-b, mae-b, timm:MODEL or a file")
+    flag("--image-size", type=positive, help="pixels of the decoded image")
+    flag("--resize", type=int, help="short side before a random crop (paper: 384); unset: centre")
+    flag("--size", choices=DECODERS, help="decoder: width and depth (paper: XL)")
+    flag("--upsample", type=positive, default=1, help="decoded pixels per encoder pixel (6.1: 2)")
+    flag("--noise-tau", type=float, default=0.8, help="latent noise, 0 for none (paper: 0.8)")
+    flag("--noise-dist", choices=["uniform", "half-normal"], default="uniform", help="released; paper's")
+    flag("--critics", choices=["encoder", "published"], help="the encoder's features, or LPIPS and DINO-S/8")
+    flag("--lpips-weights", help="local file of LPIPS' VGG weights (v0.1)")
+    flag("--vgg-weights", help="local file of VGG16's weights, timm's names")
+    flag("--dino-weights", help="local file of DINO-S/8's weights, timm's names")
+    flag("--perceptual", type=float, help="weight of the perceptual loss (paper: 1)")
+    flag("--gan", type=float, help="weight of the GAN loss, 0 for none (paper: 0.75)")
+    flag("--starts", type=float, nargs=3, default=(0, 0.375, 0.5), metavar=("LPIPS", "D", "GAN"),
+         help="when each begins, as a share of the run (paper: epochs 0, 6 and 8 of 16)")
+    flag("--warmup", type=int, help="steps of linear warm-up (paper: 1 of 16 epochs)")
+    flag("--betas", type=float, nargs=2, default=(0.9, 0.95), help="of AdamW (paper: 0.5 0.9)")
+    flag("--eval-only", action="store_true", help="print the numbers of --ckpt and stop")
+    flag("--ckpt", help="with --eval-only: a checkpoint, released:NAME or a released file")
+    flag("--stats", help="with --eval-only: latent statistics of a bare released file")
+    flag("--eval-num", type=positive, help="images to evaluate on")
+    flag("--eval-sigma", type=float, default=0.8, help="latent noise of the _noisy numbers")
+    flag("--inception", help="file of the 2015 Inception weights, for rFID")
+    flag("--out", default="out/decoder", help="folder of the run")
+    flag("--eval-every", type=positive, help="steps between evaluations")
+    args = p.parse_args()
+    size, up = args.image_size // args.upsample, args.upsample                        # what the encoder sees
+    check(args.image_size % up == 0, f"--image-size {args.image_size} is not a multiple of --upsample {up}")
+    check(not 0 < (args.resize or 0) < size * up, f"--resize {args.resize} is below --image-size {size * up}")
     device = start(args)
     inception = load_inception(args.inception, device)[1] if args.inception else None
     if args.eval_only:
-        return judge(args, inception, device)
+        check(args.ckpt, "--eval-only wants a decoder: pass --ckpt")
+        encoder = args.encoder if args.stats else None
+        rae = load_rae(args.ckpt, encoder, args.encoder_weights, args.stats, device)
+        data = open_data(args.val_data or args.data, rae.decoder.grid * rae.decoder.patch_size, "val")
+        metric = lpips(args, device) if args.critics == "published" else None
+        numbers, grid = evaluate(rae, data, metric, inception, args)
+        save_grid(grid, f"{args.out}/eval.png", columns=len(grid) // 3)
+        return say(json.dumps(dict(ckpt=args.ckpt, num=min(args.eval_num, len(data)), **numbers)))
     run = Run(args, "decoder")
     if run.first == args.steps:
         return say(f"{args.out}: finished already; its decoder is {args.out}/checkpoint.pt")
-
     # Images, frozen encoder, statistics of its latents (one exact pass), decoder, its average, critics.
     data = open_data(args.data, args.image_size, short=args.resize)
-    size = args.image_size // args.upsample            # what the encoder sees
     val = open_data(args.val_data or args.data, args.image_size, "val")
     encoder = build_encoder(args.encoder, size, args.encoder_weights).to(device)
-    if run.saved:
-        mean, var = run.saved["mean"], run.saved["var"]
-    else:
+    mean, var = run.saved.get("mean"), run.saved.get("var")
+    if not run.saved:
         say(f"latent statistics of {len(data)} images, both flips")
         centred = data if args.upsample == 1 and not args.resize else open_data(args.data, size)
         mean, var = latent_statistics(encoder, centred, args.micro_batch or args.batch_size // WORLD, device)
     torch.manual_seed(args.seed)
-    width, depth, heads, mlp_dim = DECODERS[args.size]
-    patch = args.image_size // encoder.grid
-    decoder = Decoder(encoder.dim, encoder.grid, patch, width, depth, heads, mlp_dim)
+    decoder = Decoder(encoder.dim, encoder.grid, args.image_size // encoder.grid, *DECODERS[args.size])
     if args.init and not run.saved:
         load_strict(decoder, load_released_decoder(released_file(args.init)).state_dict(), args.init)
     rae = RAE(encoder, decoder, mean, var, args.noise_tau, args.noise_dist).to(device)
@@ -297,10 +253,8 @@ def main():
     averaged = RAE(encoder, ema, mean, var).to(device)
     published = args.critics == "published"
     perceptual = lpips(args, device) if published else Perceptual(VitTaps(encoder))
-    seer = encoder
-    if published and args.gan:
-        seer = build_encoder("dino-s8", 224, args.dino_weights, "--dino-weights").to(device)
-    taps = VitTaps(seer)
+    dino = published and args.gan and build_encoder("dino-s8", 224, args.dino_weights, "--dino-weights")
+    taps = VitTaps(dino or encoder).to(device)
     discriminator = Discriminator(taps.width, len(taps.blocks) + 1).to(device)
     optimizer, optimizer_d = Optimizer(decoder, args.betas), Optimizer(discriminator, args.betas)
     run.restore(ema=ema, model=decoder, optimizer=optimizer, discriminator=discriminator,
@@ -316,9 +270,8 @@ def main():
     names = ("l1", "perceptual", "gan", "d_loss", "gan_weight")
     for step in run.steps(batches, device, len(names)):
         if run.due(args.log_every):
-            means, pace = run.means()
-            run.log(**dict(zip(names, means.tolist())), lr=optimizer.param_groups[0]["lr"],
-                    skipped=optimizer.skipped + optimizer_d.skipped, **pace)
+            means, pace = run.means(optimizer, optimizer_d)
+            run.log(**dict(zip(names, means.tolist())), **pace)
         if RANK == 0 and run.due(args.eval_every):
             numbers, grid = evaluate(averaged, val, perceptual if published else None, inception, args)
             run.log(**numbers)
@@ -328,7 +281,6 @@ def main():
                      encoder_hash=encoder.fingerprint, mean=mean, var=var)
         if run.last:
             break
-
         # Each critic is walked back once, to the reconstruction; from there on both losses go together.
         images = run.batch()[0].to(device, non_blocking=True).float() / 255      # (b, 3, H, W)
         u = keyed_numpy(args.seed, step, args.batch_size).random((args.batch_size, 3, 5), dtype=np.float32)
@@ -341,7 +293,7 @@ def main():
         for part in batches.parts:
             share, keys = len(u[part]) / len(u), [(args.seed, step, row) for row in batches.rows[part]]
             with autocast(device, args):
-                tokens = look(encoder, images[part])                                  # (B, N, C)
+                tokens = encoder(images[part])                                  # (B, N, C)
                 noised = rae.noised(tokens, [keyed(device, *key) for key in keys])
                 output = rae.draw(noised)                                             # (B, 3, H, W)
             l1, distance, gan = (output - images[part]).abs().mean(), torch.zeros(()), torch.zeros(())
@@ -359,7 +311,6 @@ def main():
         if gan_on:
             average([at_last])
             losses[4] = args.gan * adaptive_weight(*at_last)
-
         # The decoder's step. A lone part still has its graph; several are decoded again, one at a time.
         for _, share, _, noised, gradients, output in work:
             if output is None:
@@ -368,7 +319,6 @@ def main():
             output.backward(share * (gradients[0] + losses[4] * gradients[1] if gan_on else gradients[0]))
         if optimizer.update(learning_rate(step, args.steps, args))[1]:
             update_ema(ema, decoder, args.ema, step)
-
         # The discriminator's, on 8-bit reconstructions of clean latents by the decoder as it is now.
         if args.gan and step >= start_d:
             for part, share, tokens, *_ in work:
@@ -383,17 +333,6 @@ def main():
                 losses[3] += d_loss.detach()
             optimizer_d.update(learning_rate(step - start_d, args.steps - start_d, args))
         run.sums += losses.nan_to_num(posinf=0, neginf=0)
-
-def judge(args, inception, device):
-    """--eval-only: the numbers of any decoder as one JSON line, and its grid."""
-    if not args.ckpt:
-        raise ValueError("--eval-only wants a decoder: pass --ckpt")
-    rae = load_rae(args.ckpt, args.encoder if args.stats else None, args.encoder_weights, args.stats, device)
-    data = open_data(args.val_data or args.data, rae.decoder.grid * rae.decoder.patch_size, "val")
-    metric = lpips(args, device) if args.critics == "published" else None
-    numbers, grid = evaluate(rae, data, metric, inception, args)
-    save_grid(grid, f"{args.out}/eval.png", columns=len(grid) // 3)
-    say(json.dumps(dict(ckpt=args.ckpt, num=min(args.eval_num, len(data)), **numbers)))
 
 if __name__ == "__main__":
     cli(main)

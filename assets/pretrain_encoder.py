@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rae import WORLD, Batches, cli, keyed, open_data, positive, progress, say, start  # noqa: E402
+from rae import DEVICES, WORLD, Batches, cli, keyed, open_data, positive, progress, say, start  # noqa: E402
 
 
 class MaskedAutoencoder(nn.Module):
@@ -59,7 +59,7 @@ def main():
     p.add_argument("--batch-size", type=positive, default=128, help="images a step")
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     p.add_argument("--seed", type=int, default=0, help="of everything random")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--device", choices=DEVICES, default=DEVICES[0], help="where to compute")
     args = p.parse_args()
     args.precision = "fp32"
     device = start(args)

@@ -99,7 +99,7 @@ FLAGS = {
         "--save-every 2 --workers 1 --device cpu --precision bf16 --micro-batch 3 --checkpoint-activations "
         "--resume never --cache-latents f/cache",
         "--data photos --decoder d/b/checkpoint.pt --backbone 16,1,2 --head none "
-        "--unconditional --no-flip --steps 2 --batch-size 4 --out f/plain",
+        "--label-drop 1 --no-flip --steps 2 --batch-size 4 --out f/plain",
         "--data toy --init f/toy/checkpoint.pt --steps 1 --batch-size 4 --out f/init --fid-every 1 "
         "--fid-num 4 --fid-reference photos_fid32 --inception inception.pt",
         "--decoder d/up/checkpoint.pt --steps 1 --batch-size 4 --out f/up",
@@ -304,7 +304,7 @@ def test_mistakes_end_in_one_line(run, tmp_path, photos):
         ("train_decoder.py", "--encoder nothing.pt", "not an encoder file"),
         ("train_decoder.py", "--encoder no", "encoder no: no such file"),
         ("train_decoder.py", "--out used", "used: not empty"),
-        ("train_decoder.py", "--out out/diffusion", "holds a diffusion run"),
+        ("train_decoder.py", "--out out/diffusion", "kind diffusion there, decoder here"),
         ("train_decoder.py", f"--init {DIFFUSION}", "diffusion model, not an RAE decoder"),
         ("train_diffusion.py", f"--out x --decoder {DIFFUSION}", "diffusion model, not an RAE decoder"),
         ("train_diffusion.py", "--out x --decoder half.pt", "half.pt: cannot be read, truncated"),
@@ -315,10 +315,8 @@ def test_mistakes_end_in_one_line(run, tmp_path, photos):
         ("sample.py", "--ckpt half.pt", "half.pt: cannot be read, truncated"),
         ("sample.py", "--ckpt other.pt", "trained in other latents"),
         ("sample.py", "--decoder small/checkpoint.pt", "16 tokens x 64, the decoder's are 16 x 32"),
-        ("sample.py", "--classes 3,10", "--classes 10: out of range 0 to 9"),
-        ("sample.py", "--classes a", "--classes a: wants numbers"),
+        ("sample.py", "--classes 3,10", r"--classes \[10\]: out of range 0 to 9"),
         ("sample.py", "--out used", "used: not empty"),
-        ("sample.py", "--device cuda", "--device cuda: not on this machine"),
         ("fid.py", "used toy", "1 images"),
         ("fid.py", f"{DIFFUSION} toy", "wants arr_0 of uint8"),
         ("fid.py", "photos toy", "40 px|several sizes|44"),
@@ -326,8 +324,6 @@ def test_mistakes_end_in_one_line(run, tmp_path, photos):
         ("fid.py", "photos photos --features nothing", "wants inception or encoder"),
     ]
     for script, arguments, message in cases:
-        if "cuda" in arguments and torch.cuda.is_available():
-            continue
         with pytest.raises(SystemExit) as stop:
             run(script, arguments)
         text = str(stop.value)

@@ -227,12 +227,12 @@ def test_checkpoints_survive(tmp_path, group, monkeypatch):
         run.save(note=3)                               # at steps 0 and 1
     run = R.Run(run_args(tmp_path), "decoder")
     assert run.first == 1 and run.saved["note"] == 3
-    assert run.saved["settings"] == dict(lr=1, steps=9, batch_size=1)
+    assert run.saved["settings"] == dict(kind="decoder", lr=1, steps=9, batch_size=1)
     run.restore(model=other)
     assert torch.equal(other.weight, part.weight) and "model" not in run.saved
     for changed, kind, message in ((dict(lr=2), "decoder", "lr 1 there, 2 here"),
                                    (dict(resume="never"), "decoder", "holds a run, and --resume never"),
-                                   (dict(), "diffusion", "holds a decoder run")):
+                                   (dict(), "diffusion", "kind decoder there, diffusion here")):
         with pytest.raises(ValueError, match=message):
             R.Run(run_args(tmp_path, **changed), kind)
     path = tmp_path / "checkpoint.pt"
