@@ -41,7 +41,7 @@ class Rope(nn.Module):
         half = head_dim // 2
         freq = 10000.0 ** (-torch.arange(0, half, 2) / half)
         angle = torch.arange(grid)[:, None] * freq.repeat_interleave(2)            # (grid, half), equal pairs
-        angle = torch.cat([angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)], dim=1)   # (N, head_dim)
+        angle = torch.cat([angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)], dim=1)  # (N, head_dim)
         self.register_buffer("freqs_cos", angle.cos())
         self.register_buffer("freqs_sin", angle.sin())
     def forward(self, x):
@@ -51,18 +51,20 @@ class Rope(nn.Module):
         return torch.addcmul(x * self.freqs_cos, swapped, self.freqs_sin * sign)
 
 class Attention(nn.Module):
+    """Attention over x (B, N, D) whose queries and keys are turned by a Rope."""
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
     def forward(self, x, rope):
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, N, d)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (3, B, heads, N, d)
         (q, k), v = rope(qkv[:2]).to(qkv.dtype), qkv[2]
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))                                # (B, N, D)
 
 class SwiGLU(nn.Module):
+    """Gated MLP on x (B, N, D)."""
     def __init__(self, width):
         super().__init__()
         hidden = int(2 / 3 * 4 * width)                # three matrices with the cost of a usual MLP's two
@@ -103,6 +105,7 @@ class TimeEmbedder(nn.Module):
         return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
 
 class FinalLayer(nn.Module):
+    """x (B, N, D) under c (B, 1 or N, D) -> velocity (B, N, C)."""
     def __init__(self, width, latent_dim):
         super().__init__()
         self.norm_final = nn.RMSNorm(width, eps=1e-6)

@@ -107,7 +107,7 @@ def resize_adm(x, size=299):
         at = torch.arange(size, dtype=torch.float32, device=x.device) * torch.tensor(n / size)
         left = at.long()
         a, b = x[..., left], x[..., (left + 1).clamp(max=n - 1)]
-        x = (a + (b - a) * (at - left)).mT             # (B, 3, 299, H), then (B, 3, 299, 299)
+        x = (a + (b - a) * (at - left)).mT                             # (B, 3, 299, H), then (B, 3, 299, 299)
     return x.contiguous()
 
 def prepare(images, mode):
@@ -146,8 +146,7 @@ def warn(text):
 
 # ------------------------------------------------------------------------------------------------- the images
 class Images:
-    """Images of a folder (recursive, sorted), an .npz or the toy world; those of a folder cropped as ADM does
-    it to `crop` pixels. Without that they must be of one size."""
+    """Images of one size: of a folder (recursive, sorted; crop: ADM's, to so many px), an .npz or the toy."""
     def __init__(self, source, crop=None):
         self.source, self.crop, path = str(source), crop, Path(source)
         if source == "toy":

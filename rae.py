@@ -4,7 +4,6 @@
     rae = load_rae("assets/toy_decoder.pt")            # the decoder's file names its encoder
     z = rae.encode(images)                        # (B, 3, H, W) in [0, 1] -> (B, N, C), mean 0 and variance 1
     images = rae.decode(z)                             # (B, N, C) -> (B, 3, H, W)
-
 Letters, the same in every file:
     B batch      N tokens = h w     C latent channels    D width    H W pixels    h w latent grid    p patch
     t time, 0 data to 1 noise       z latent        x_t = (1 - t) z + t eps    v = eps - z    eps ~ N(0, I)
@@ -108,9 +107,8 @@ def fingerprint(tensors):
     return digest.hexdigest()[:16]
 
 class Encoder(nn.Module):
-    """A frozen timm VisionTransformer: images (B, 3, H, W) in [0, 1] -> tokens (B, N, C) of its last block,
-    normed without weights (C). It sees input_size pixels; for MAE and SigLIP2 its positions are resized to
-    that without antialias."""
+    """A frozen timm VisionTransformer: images (B, 3, H, W) in [0, 1] -> tokens (B, N, C), normed without
+    weights (C). It sees input_size pixels; positions are resized, for MAE and SigLIP2 without antialias."""
     def __init__(self, vit, input_size, mean, std, antialias=True, image_size=None):
         super().__init__()
         from timm.layers import resample_abs_pos_embed
@@ -181,6 +179,7 @@ def dense(n, out):
     return nn.ModuleDict({"dense": nn.Linear(n, out)})
 
 class DecoderBlock(nn.Module):
+    """Pre-norm attention and GELU MLP on x (B, 1 + N, D), in the names of transformers' ViT."""
     def __init__(self, width, heads, mlp_dim):
         super().__init__()
         self.heads = heads
@@ -291,7 +290,6 @@ def latent_statistics(encoder, data, batch_size, device):
 # ------------------------------------------------------------------------------------------------------ files
 # A decoder file is a plain state dict in the released names, or a checkpoint of train_decoder.py, which nests
 # one under "ema" beside "mean" and "var" (C, h, w), the encoder's name and its hash, never the encoder.
-
 def load_released_decoder(state_dict_or_path, heads=None):
     """Decoder from a state dict or file in the released names; sizes are the shapes', heads a known width's.
     What else a checkpoint of ours holds is in the result's `about`. ValueError names a wrong tensor."""
@@ -366,6 +364,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     stat = read_file(stats) if stats else about
     check("var" in stat, f"{stats or name}: no latent statistics (var, mean) in it; pass --stats FILE")
     return RAE(frozen, decoder, stat.get("mean"), stat["var"]).to(device).eval().requires_grad_(False)
+
 # ------------------------------------------------------------------------------ what the training loops share
 # Every random draw is a function of (seed, step, position in the global batch), and the data order of (seed,
 # epoch): nothing random is stored, a resumed run is exact, and one process and eight do the same run.

@@ -10,6 +10,7 @@ seed. Sample i depends on (seed, i) and its label, not on the batch or process i
 """
 
 import json, time
+from contextlib import nullcontext
 from pathlib import Path
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def balanced_labels(classes, num):
     return [classes[i % len(classes) if num >= len(classes) else i * len(classes) // num] for i in range(num)]
 
 @torch.no_grad()
-def generate(rae, model, labels, grid, seed, precision, first=0, begin=None, **guidance):
+def generate(rae, model, labels, grid, seed, first=0, begin=None, precision=nullcontext(), **guidance):
     """Images (B, 3, H, W) in [0, 1] of labels (B,), samples number first, first + 1, ... of a seed.
     begin: latents (all, N, C) of all samples to begin from at grid[0], under the noise of sample 0."""
     device, rows = rae.mean.device, range(first, first + len(labels))
@@ -39,7 +40,7 @@ def generate(rae, model, labels, grid, seed, precision, first=0, begin=None, **g
     if begin is not None:
         noise = (1 - grid[0]) * begin[rows.start:rows.stop] + grid[0] * noise         # (B, N, C)
     with precision:
-        z = sample(model, noise, torch.as_tensor(labels, device=device), grid, **guidance)   # (B, N, C)
+        z = sample(model, noise, torch.as_tensor(labels, device=device), grid, **guidance)  # (B, N, C)
         return rae.decode(z).clamp(0, 1)                                              # (B, 3, H, W)
 
 def neighbours(encoder, images, data, n):
@@ -112,8 +113,8 @@ def main():
     device = start(args)
     # The model, the latent space that it was trained in, and a guide.
     model = load_model(args.ckpt).to(device)
-    settings = model.about.get("settings", {})
-    files = {k: vars(args)[k] or settings.get(k) for k in ("decoder", "encoder", "encoder_weights", "stats")}
+    run = model.about.get("settings", {})
+    files = {k: vars(args)[k] or run.get(k) for k in ("decoder", "encoder", "encoder_weights", "stats")}
     if args.ckpt.startswith("released:") and not files["decoder"]:
         files["decoder"] = "released:dinov2-b" + "-512" * args.ckpt.endswith("512")
     check(files["decoder"], f"{args.ckpt}: the file does not name its decoder; pass --decoder")
@@ -125,9 +126,9 @@ def main():
         check_fit(args.guide, guide, rae)
         check(guide.num_classes == model.num_classes,
               f"{args.guide}: has {guide.num_classes} classes, the model {model.num_classes}")
-        guidance |= dict(cfg=1.0, guide=guide, scale=args.scale)    # What is drawn, and a record of it.
-    free = args.interpolate or settings.get("label_drop") == 1                        # needs no labels
-    null = args.classes == "null" or free and not args.classes
+        guidance |= dict(cfg=1.0, guide=guide, scale=args.scale)
+    # What is drawn, and a record of it.
+    null = args.classes == "null" or not args.classes and (args.interpolate or run.get("label_drop") == 1)
     classes = [model.num_classes] if null else args.classes or list(range(model.num_classes))
     wrong = [c for c in classes if not 0 <= c < model.num_classes + bool(null)]
     check(not wrong, f"--classes {wrong}: out of range 0 to {model.num_classes - 1}")
@@ -152,7 +153,7 @@ def main():
           f"{out}: not empty, and its images would mix with others; pass another --out")
     # The samples, from all processes, and their files.
     began, samples = time.time(), Samples(rae, model, balanced_labels(classes, args.num), grid, args.seed,
-                                          autocast(device, args), begin=begin, **guidance)
+                                          begin=begin, precision=autocast(device, args), **guidance)
     images = dict(progress(samples.batches(args.num, args.batch_size, RANK, WORLD), args.batch_size * WORLD,
                            total=-(-args.num // (args.batch_size * WORLD))))
     images = {first: batch for part in gathered(images) for first, batch in part.items()}

@@ -77,7 +77,7 @@ class Perceptual(nn.Module):
             a, b = self.taps(a.float()), self.taps(b.float())
             a, b = ([x / (x.norm(dim=2, keepdim=True) + 1e-10) for x in taps] for taps in (a, b))
             weights = self.weights or [torch.full_like(a[0][0, 0], 1 / len(a))] * len(a)
-            return sum(((x - y).square() @ w).mean(1) for x, y, w in zip(a, b, weights))   # (B,)
+            return sum(((x - y).square() @ w).mean(1) for x, y, w in zip(a, b, weights))  # (B,)
 
 def lpips(args, device):
     """LPIPS of VGG16 (v0.1), its learned weights from a file or fetched once; their hash is checked."""
@@ -164,7 +164,7 @@ def evaluate(rae, data, distance, inception, args):
     for first in range(0, len(rows), args.batch_size):
         chosen = rows[first:first + args.batch_size]
         images = read_images(data, chosen, device)                                    # (B, 3, H, W)
-        tokens = rae.encoder(images)                                            # (B, N, C)
+        tokens = rae.encoder(images)                                                  # (B, N, C)
         noise = keyed_noise([(args.seed, first + i) for i in range(len(chosen))], tokens.shape[1:], device)
         clean, noisy = (rae.draw(x).clamp(0, 1) for x in (tokens, tokens + args.eval_sigma * noise))
         for name, x in (("real", images), ("", clean), ("_noisy", noisy)):
@@ -174,10 +174,9 @@ def evaluate(rae, data, distance, inception, args):
                     sums[metric + name] = sums.get(metric + name, 0) + f(x, images).sum().item()
         if first == 0:
             grid = torch.cat([x[:16] for x in (images, clean, noisy)])
-    numbers = {k: v / len(rows) for k, v in sums.items()}
+    numbers, frechet = {k: v / num for k, v in sums.items()}, "rfid" if inception else "encoder_distance"
     for name in ("", "_noisy"):
-        key = ("rfid" if inception else "encoder_distance") + name
-        numbers[key] = frechet_distance(*moments["real"].result(), *moments[name].result())
+        numbers[frechet + name] = frechet_distance(*moments["real"].result(), *moments[name].result())
     return numbers, grid
 
 # ----------------------------------------------------------------------------------------------- the training
@@ -282,7 +281,7 @@ def main():
         if run.last:
             break
         # Each critic is walked back once, to the reconstruction; from there on both losses go together.
-        images = run.batch()[0].to(device, non_blocking=True).float() / 255      # (b, 3, H, W)
+        images = run.batch()[0].to(device, non_blocking=True).float() / 255           # (b, 3, H, W)
         u = keyed_numpy(args.seed, step, args.batch_size).random((args.batch_size, 3, 5), dtype=np.float32)
         u = torch.from_numpy(u[batches.rows.start:batches.rows.stop])                 # (b, 3, 5) for DiffAug
         rae.train()
@@ -293,7 +292,7 @@ def main():
         for part in batches.parts:
             share, keys = len(u[part]) / len(u), [(args.seed, step, row) for row in batches.rows[part]]
             with autocast(device, args):
-                tokens = encoder(images[part])                                  # (B, N, C)
+                tokens = encoder(images[part])                                        # (B, N, C)
                 noised = rae.noised(tokens, [keyed(device, *key) for key in keys])
                 output = rae.draw(noised)                                             # (B, 3, H, W)
             l1, distance, gan = (output - images[part]).abs().mean(), torch.zeros(()), torch.zeros(())

@@ -45,13 +45,12 @@ def learning_rate(step, args):
     return args.lr + (args.lr_end - args.lr) * max(0.0, (step - args.hold) / max(1, args.steps - args.hold))
 
 def draws(args, device, step, rows, shape):
-    """What chance decides for the rows of a step, from (seed, step, row): t before the shift, label
-    kept or dropped, noise. Row batch_size is no row: its key serves the numbers drawn for all rows."""
+    """What chance decides for the rows of a step, from (seed, step, row): t (b,) before the shift, label (b,)
+    kept or dropped, noise (b, N, C). Row batch_size is none: its key serves what is drawn for all rows."""
     u = keyed_numpy(args.seed, step, args.batch_size).random((args.batch_size, 2), dtype=np.float32)
     u = torch.from_numpy(u[rows.start:rows.stop])                                     # (b, 2)
     noise = keyed_noise([(args.seed, step, row) for row in rows], shape, device)      # (b, N, C)
-    t, keep = draw_time(u[:, 0], args.time), u[:, 1] >= args.label_drop
-    return t.to(device), keep.to(device), noise
+    return draw_time(u[:, 0], args.time).to(device), (u[:, 1] >= args.label_drop).to(device), noise
 
 def main():
     p = parser(__doc__, PRESETS)
@@ -107,7 +106,7 @@ def main():
 
     batches = Batches(data, args.batch_size, args.seed, not args.no_flip, args.micro_batch)
     classes = list(range(model.num_classes)) if args.label_drop < 1 else [model.num_classes]
-    precision = autocast(device, args)
+    drawn = dict(precision=autocast(device, args), cfg=args.cfg)
     if RANK == 0 and not run.saved:
         show_pairs(rae, images, args.out, device)
     for step in run.steps(batches, device, 2 * BINS + 1):             # sums: loss by bin of t, counts, norm
@@ -118,11 +117,11 @@ def main():
             run.log(loss=(losses.sum() / counts.sum()).item(), grad_norm=norm.item(), loss_by_t=by_t, **pace)
         if RANK == 0 and run.due(args.sample_every):
             shown = balanced_labels(classes[:10], 8 * len(classes[:10]))
-            pictures = generate(rae, ema, shown, time_grid(25, alpha), args.seed, precision, cfg=args.cfg)
+            pictures = generate(rae, ema, shown, time_grid(25, alpha), args.seed, **drawn)
             save_grid(pictures, f"{args.out}/samples_{step:07d}.png", columns=len(classes[:10]))
         if args.fid_every and run.due(args.fid_every):
             scored = balanced_labels(classes, args.fid_num)
-            samples = Samples(rae, ema, scored, time_grid(50, alpha), args.seed, precision, cfg=args.cfg)
+            samples = Samples(rae, ema, scored, time_grid(50, alpha), args.seed, **drawn)
             scores = fid.score(samples, args.fid_reference, weights=args.inception, device=device)
             run.log(**{k: v for k, v in scores.items() if k not in ("num", "label")})
         if RANK == 0 and (run.due(args.save_every) or step == 0):
@@ -135,9 +134,9 @@ def main():
         labels = torch.where(keep, labels, model.num_classes)
         losses = []
         for part in batches.parts:
-            with precision:
+            with autocast(device, args):
                 z = rae.normalise(seen[part].float()) if args.cache_latents else rae.encode(seen[part] / 255)
-                loss = flow_loss(model, z, labels[part], alpha, t[part], noise[part])           # (b,)
+                loss = flow_loss(model, z, labels[part], alpha, t[part], noise[part])  # (b,)
             (loss.sum() / len(batches.rows)).backward()
             losses.append(loss.detach())
         norm, stepped = optimizer.update(learning_rate(step, args), args.clip)

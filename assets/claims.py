@@ -10,7 +10,7 @@ command lines that gave it; figures; a folder for each run. The same command goe
 Scores: the Frechet distance of samples to toy validation images in the shipped encoder's features (fid.py; no
 FID, to be compared with each other only), and "right", the share of samples that a classifier trained on toy
 images (tests/quality.py) takes for their label. Samples are unguided, in 25 steps, unless said. Numbers are
-mean +- standard deviation over the seeds, and "shown" means apart by more than both deviations together.
+mean +- standard deviation over the seeds, and "yes" means apart by more than both deviations together.
 Sections and tables (T) are those of arXiv 2510.11690, whose numbers are gFID-50k of ImageNet at 256 px,
 unguided and after 80 epochs, unless said.
 """
@@ -44,14 +44,13 @@ from sample import balanced_labels  # noqa: E402
 # Steps of the default diffusion run, of those that are compared, of the guide, a decoder, an encoder, the
 # overfitting runs (the paper has 1,200) and the judge; samples for a score; at most so many cells of a sweep
 # and, without --only, experiments.
-FULL = dict(seeds=(0, 1, 2), default=1300, short=150, guide=130, decoder=300, encoder=300, overfit=1000,
+FULL = dict(seeds=(0, 1, 2), default=1300, short=400, guide=130, decoder=300, encoder=300, overfit=1000,
             judge=800, num=400, cells=99, experiments=99)
 QUICK = dict(seeds=(0,), default=40, short=25, guide=15, decoder=15, encoder=15, overfit=100, judge=200,
              num=60, cells=1, experiments=6)
 BACKBONE, HEAD = "96,4,3", "128,2,4"                   # train_diffusion.py's own for the toy
 C, TOKENS = 64, 16                                     # of the toy's latents
 DISTANCE = "Frechet distance"                          # fid.py's name for it
-NAMES = {DISTANCE: "distance", "right": "right", "psnr": "PSNR", "psnr_noisy": "PSNR, noisy"}
 # For the expected times, from this repository's slow cores: seconds of a process before its first step, of a
 # block in a training step however small, FLOP/s of a core.
 START, BLOCK, SPEED = 1.0, 0.005, 18e9
@@ -228,10 +227,11 @@ def show(number):
     return "failed" if math.isnan(number[0]) else "**{:.3g} +- {:.1g}**".format(*number)
 
 
-def tell(cells, *keys):
-    """Text of the cells of a sweep: distance and share right, or other numbers of theirs."""
-    return "; ".join(f"{NAMES[key]}: " + ", ".join(f"{name} {show(m)}" for name, m in
-                     sorted(means(cells, key).items())) for key in keys or (DISTANCE, "right"))
+def tell(cells, key=DISTANCE):
+    """Text of the cells of a sweep: the distance and the share right, or another number."""
+    share = means(cells, "right") if key == DISTANCE else {}
+    return ", ".join(f"{name} {show(m)}" + f" ({share[name][0]:.2f} right)" * bool(share)
+                     for name, m in sorted(means(cells, key).items()))
 
 
 def below(a, b):
@@ -239,7 +239,7 @@ def below(a, b):
     gap, noise = b[0] - a[0], a[1] + b[1]
     if math.isnan(gap):
         return "failed"
-    return "shown" if gap > noise else "the opposite" if gap < -noise else "no: within the spread"
+    return "yes" if gap > noise else "the opposite" if gap < -noise else "no, within the spread"
 
 
 def lowest(numbers):
@@ -319,15 +319,15 @@ def width():
          "loss", dict(measured=by_width, bound=bound))
     plot("depth", "One image: depth does not make up for width", "depth, width 32", "loss",
          dict(measured=by_depth, bound={d: bound[32] for d in by_depth}))
-    yield [("Theorem 1, Fig. 3: a DiT of width d has a loss of max(1 - d/n, 0) on one image of n channels",
-            "n 768: d 384 0.52, bound 0.5; d 768 0.024; d 1024 0.0013 (T3)",
-            ", ".join(f"d {w} {show(m)} (bound {bound[w][0]:g})" for w, m in sorted(by_width.items())),
-            f"{'shown' if off < 0.1 else 'no'}: {off:.2g} off at most"),
-           ("Fig. 3: depth does not help a narrow DiT", "n 768, d 384: 0.5 at depths 4 to 24",
-            "bound 0.5; " + ", ".join(f"depth {d} {show(m)}" for d, m in sorted(by_depth.items())),
-            "shown" if min(m for m, _ in by_depth.values()) > 0.49 else "no"),
-           ("5: a wide head lets a narrow backbone fit", "no number", f"loss of width 32: alone "
-            f"{show(by_width[32])}, with a head of 128 {show(with_head)}", below(with_head, by_width[32]))]
+    yield [("One image of C channels: a DiT of width d has a loss of max(1 - d / C, 0) (Theorem 1)",
+            "C 768: d 384 0.52, d 768 0.024 (T3)", f"C {C}: " + ", ".join(
+                f"d {w} {show(m)} (bound {bound[w][0]:g})" for w, m in sorted(by_width.items())),
+            f"{'yes' if off < 0.1 else 'no'}, {off:.2g} off at most"),
+           ("Depth does not help a narrow DiT (Fig. 3)", "C 768, d 384: 0.5 at depths 4 to 24",
+            "d 32, bound 0.5: " + ", ".join(f"depth {d} {show(m)}" for d, m in sorted(by_depth.items())),
+            "yes" if min(m for m, _ in by_depth.values()) > 0.49 else "no"),
+           ("A wide head lets a narrow backbone fit (5)", "", f"d 32: alone {show(by_width[32])}, with a "
+            f"head of 128 {show(with_head)}", below(with_head, by_width[32]))]
 
 
 def shift():
@@ -335,8 +335,8 @@ def shift():
     yield
     distance = means(cells)
     plot("shift", "Schedule shift: the toy's own alpha is 1", "alpha", DISTANCE, dict(distance=distance))
-    yield [("4.2: noise should follow the dimension, alpha = sqrt(N C / 4096); the toy's 0.5 is taken for 1",
-            "N C = 196608, alpha 1 -> 6.93: 23.08 -> 4.81 (T2, T4)", "alpha: " + tell(cells),
+    yield [("Noise should follow the dimension, alpha = sqrt(N C / 4096), here 1 (4.2)",
+            "alpha 1 -> 6.93: 23.08 -> 4.81 (T2, T4)", "alpha " + tell(cells),
             below(distance[1.0], lowest([m for a, m in distance.items() if a > 1])) + " (1 against more)")]
 
 
@@ -355,12 +355,11 @@ def decoder():
     yield
     (a, b), (a_noisy, b_noisy), (a_drawn, b_drawn) = (
         means(*x).values() for x in ((decoders, "psnr"), (decoders, "psnr_noisy"), (samples,)))
-    yield [("4.3: a noise-augmented decoder is a little worse from clean latents", "rFID 0.49 -> 0.57 (T15)",
-            tell(decoders, "psnr"), below(b, a)),
-           ("4.3: ... better from noisy ones", "no number", tell(decoders, "psnr_noisy"),
+    yield [("A decoder trained on noise loses a little on clean latents (4.3)", "rFID 0.49 -> 0.57 (T15)",
+            "PSNR, dB: " + tell(decoders, "psnr"), below(b, a)),
+           ("... and gains on noisy ones", "", "PSNR, dB: " + tell(decoders, "psnr_noisy"),
             below(a_noisy, b_noisy)),
-           ("4.3: ... and so from sampled ones", "4.81 -> 4.28 (T5, T15)", tell(samples),
-            below(b_drawn, a_drawn))]
+           ("... and so on samples", "4.81 -> 4.28 (T5)", tell(samples), below(b_drawn, a_drawn))]
 
 
 def head():
@@ -379,17 +378,14 @@ def head():
     distance, by_width, (alone, headed) = over_seeds(ours), means(widths), means(narrow).values()
     plot("head", "Width of a head of 2 blocks; a token has 64 channels", "width", DISTANCE,
          dict(distance=by_width))
-    yield [("5: DiT^DH is better than a DiT of equal compute", "DiT-XL 4.28, DiT^DH-XL 2.16 (T6)",
-            tell(equal | {sized("DiT^DH"): ours}),
-            below(distance, lowest(means(equal).values()))),
-           ("5: a backbone narrower than a token fails alone, not with the head",
-            "S: DiT 215.76 (T2, before 4.2 and 4.3), DiT^DH 6.07 (T6)", "4x32: " + tell(narrow),
-            below(headed, alone)),
-           ("5: a head is better wide than deep", "6x1152 2.36, 2x2048 2.16 (T16)",
+    yield [("DiT^DH beats a DiT of equal compute (5)", "DiT-XL 4.28, DiT^DH-XL 2.16 (T6)",
+            tell(equal | {sized("DiT^DH"): ours}), below(distance, lowest(means(equal).values()))),
+           ("A backbone narrower than a token fails alone, not with a head (5)",
+            "DiT-S 215.76, DiT^DH-S 6.07 (T2, T6)", "4x32 " + tell(narrow), below(headed, alone)),
+           ("A head is better wide than deep (5)", "6x1152 2.36, 2x2048 2.16 (T16)",
             tell({"6x72": deep, "2x128": ours}), below(distance, over_seeds(deep))),
-           ("5: the head's best width is about 2.7 times a token's",
-            "1, 2, 2.7, 3.5 times: 2.49, 2.24, 2.16, 2.22 (T17)", "width: " + tell(widths),
-            below(by_width[128], by_width[64]) + " (128 against 64)")]
+           ("The head's best width is about 2.7 C (5)", "1, 2, 2.7, 3.5 C: 2.49, 2.24, 2.16, 2.22 (T17)",
+            "width " + tell(widths), below(by_width[128], by_width[64]) + " (2 C against C)")]
 
 
 def guidance():
@@ -407,12 +403,11 @@ def guidance():
     plot("guidance", "Guidance of the default run", "scale", DISTANCE, lines)
     plain, (by_cfg, by_within, by_auto) = over_seeds(none[1.0]), (
         lowest([m for w, m in line.items() if w > 1]) for line in lines.values())
-    yield [("5.1: AutoGuidance makes samples better", "1.51 -> 1.13 (T8, 800 epochs)", "scale: " + tell(auto),
+    yield [("AutoGuidance improves samples (5.1)", "1.51 -> 1.13 (T8, 800 epochs)", "scale " + tell(auto),
             below(by_auto, plain)),
-           ("I: CFG from the first step on makes them worse", "no number", "scale: " + tell(cfg),
-            below(plain, by_cfg)),
-           ("I: CFG within an interval stays behind AutoGuidance", "no number",
-            "scale, t up to 0.6: " + tell(within), below(by_auto, by_within))]
+           ("CFG over all t worsens the distance (I)", "", "scale " + tell(cfg), below(plain, by_cfg)),
+           ("CFG within an interval stays behind AutoGuidance (I)", "", "t up to 0.6, scale " + tell(within),
+            below(by_auto, by_within))]
 
 
 def encoder():
@@ -424,9 +419,8 @@ def encoder():
     random = cell("encoder/diffusion", f"--decoder {out}/encoder/decoder/{{}}/checkpoint.pt")
     yield
     samples = {"pretrained": pretrained, "random": random}
-    yield [("3: the representation matters, a high dimension alone is not enough",
-            "DiT^DH on DINOv2-B 2.16, on pixels 30.56 (T11)",
-            f"{tell(samples)}; {tell({'pretrained': decoders, 'random': others}, 'psnr')}",
+    yield [("The representation matters, not its dimension alone (3)", "DINOv2-B 2.16, pixels 30.56 (T11)",
+            f"{tell(samples)}; PSNR {tell({'pretrained': decoders, 'random': others}, 'psnr')}",
             below(*means(samples).values()))]
 
 
@@ -442,8 +436,9 @@ def curves():
     loss = {step: (mean(x), stdev(x) if len(x) > 1 else 0.0) for step, x in by_step.items()}
     plot("loss", "Is my loss normal? The default run of train_diffusion.py", "step", "loss", dict(loss=loss))
     l1 = {step: (x, 0.0) for step, x in done[stage1]["curve"]} if stage1 in done else {}
-    yield [(f"default run of {script}", "no number",
-            f"{unit} at step " + ", ".join(f"{s} {show(m)}" for s, m in line.items()), "not a claim")
+    yield [(f"A healthy default run of {script}", "", f"{unit} at step "
+            + ", ".join(f"{s} {show(m)}" for s, m in line.items() if s % 200 == 0 or s in (100, 1300)),
+            "no claim")
            for script, unit, line in (("train_diffusion.py", "loss", loss), ("train_decoder.py", "L1", l1))]
 
 
@@ -453,9 +448,9 @@ def steps():
     distance, most = means(cells), max(cells)
     plot("steps", "Euler steps of the default run", "steps", DISTANCE, dict(distance=distance))
     verdict = below(distance[most], distance[50]) if most > 50 else "not tried"
-    verdict = {"shown": f"no: {most} are better", "no: within the spread": "shown",
-               "the opposite": "shown"}.get(verdict, verdict)
-    yield [("E: 50 Euler steps are enough", "all results have 50", "steps: " + tell(cells), verdict)]
+    verdict = {"yes": f"no: {most} are better", "no, within the spread": "yes",
+               "the opposite": "yes"}.get(verdict, verdict)
+    yield [("50 Euler steps are enough (E)", "all results have 50", "steps " + tell(cells), verdict)]
 
 
 def tokens():
@@ -471,9 +466,9 @@ def tokens():
         cells[n] = cell(name, f"--decoder {place}/checkpoint.pt", tokens=n, batch=1024 // n)
     yield
     *fewer, most = means(cells).values()
-    yield [("6.1: more tokens are better (the paper's take more compute, these do not)",
-            "512 px, guided: 256 tokens 1.61, 1024 tokens 1.13 (T9)",
-            f"tokens: {tell(cells)}; {tell(decoders, 'psnr')}", below(most, lowest(fewer)))]
+    yield [("More tokens are better (6.1; the paper's take more compute, these do not)",
+            "512 px, guided: 256 tokens 1.61, 1,024 1.13 (T9)",
+            f"tokens {tell(cells)}; PSNR {tell(decoders, 'psnr')}", below(most, lowest(fewer)))]
 
 
 EXPERIMENTS = {f.__name__: f for f in (width, shift, decoder, head, guidance, steps, encoder, tokens,
@@ -515,7 +510,7 @@ def main():
     hours = sum(done[p]["seconds"] for p in asked if p in done) / 3600
     about = (f"{len(size['seeds'])} seeds, {size['num']} samples a score, a judge that is right on "
              f"{accuracy:.3f} of toy validation images, {hours:.2f} hours of runs.")
-    table = [("claim", "paper's numbers", "measured here", "shown"), ("---",) * 4, *rows]
+    table = [("claim", "the paper (ImageNet)", "here (toy world)", "shown here?"), ("---",) * 4, *rows]
     figures = [f"![{f.stem}]({f.name})" for f in sorted(Path(out).glob("*.png"))]
     text = "\n".join([__doc__.split("\n\n")[-1].strip(), "", about, "",
                       *("| " + " | ".join(row) + " |" for row in table), "", *figures, ""])
