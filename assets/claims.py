@@ -22,6 +22,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -44,7 +45,7 @@ from sample import balanced_labels  # noqa: E402
 # Steps of the default diffusion run, of those that are compared, of the guide, a decoder, an encoder, the
 # overfitting runs (the paper has 1,200) and the judge; samples for a score; at most so many cells of a sweep
 # and, without --only, experiments.
-FULL = dict(seeds=(0, 1, 2), default=1300, short=400, guide=130, decoder=300, encoder=300, overfit=1000,
+FULL = dict(seeds=(0, 1, 2), default=1300, short=300, guide=130, decoder=300, encoder=300, overfit=1000,
             judge=800, num=400, cells=99, experiments=99)
 QUICK = dict(seeds=(0,), default=40, short=25, guide=15, decoder=15, encoder=15, overfit=100, judge=200,
              num=60, cells=1, experiments=6)
@@ -135,7 +136,12 @@ def some(*cells):
 
 
 def missing():
-    return [p for p, (commands, _) in asked.items() if done.get(p, {}).get("commands") != commands]
+    """Runs without numbers for their command lines, and those that name such runs."""
+    places = []
+    for p, (commands, _) in asked.items():             # asked for after the runs that they name
+        if done.get(p, {}).get("commands") != commands or any(q in c for q in places for c in commands):
+            places.append(p)
+    return places
 
 
 def make(workers, judge):
@@ -148,7 +154,8 @@ def make(workers, judge):
                 ready = [p for p in pending if not any(q in c for q in unmade - {p} for c in asked[p][0])]
                 for place in ready[:workers - len(running)]:
                     pending.remove(place)
-                    done.pop(place, None)              # of other command lines
+                    if done.pop(place, None) and Path(place).is_dir():
+                        shutil.rmtree(place)           # of other command lines
                     running[pool.submit(call, asked[place][0])] = place
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     place = running.pop(future)
@@ -230,7 +237,7 @@ def show(number):
 def tell(cells, key=DISTANCE):
     """Text of the cells of a sweep: the distance and the share right, or another number."""
     share = means(cells, "right") if key == DISTANCE else {}
-    return ", ".join(f"{name} {show(m)}" + f" ({share[name][0]:.2f} right)" * bool(share)
+    return ", ".join(f"{name} {show(m)}" + (f" ({share[name][0]:.2f} right)" if share else "")
                      for name, m in sorted(means(cells, key).items()))
 
 

@@ -63,6 +63,16 @@ def test_readme_commands(run, photos):
     assert np.load("out/samples.npz")["arr_0"].shape == (20, 32, 32, 3)
 
 
+def test_readme_says_how_long_the_files_are_and_holds_the_claims():
+    """The map of the six files, which stay below 2,000 lines together, and the table of assets/claims.py."""
+    readme = (ROOT / "README.md").read_text()
+    said = {name: int(n) for name, n in re.findall(r"\| \[(\w+\.py)\]\(\1\), (\d+) lines", readme)}
+    assert said == {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("*.py")}
+    assert len(said) == 6 and sum(said.values()) < 2000
+    table = [x for x in (ROOT / "assets/claims.md").read_text().splitlines() if x.startswith("| ")]
+    assert len(table) > 15 and [x for x in readme.splitlines() if x in table] == table
+
+
 # Every flag appears here off its default (test_every_flag_is_run), with a tiny world behind it.
 FLAGS = {
     "assets/pretrain_encoder.py": [
