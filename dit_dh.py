@@ -233,10 +233,9 @@ def sample(model, noise, y, grid, cfg=1.0, guide=None, scale=1.0, interval=(0.0,
 
 # --------------------------------------------------------------------------------------------------- the file
 def load_released(state_dict_or_path, heads=None, head_depth=2, where="state dict"):
-    """DiTDH or plain DiT from a state dict in the released names, or a file of one, or with one under "ema":
-    a checkpoint of ours, whose other contents are in the result's `about`. Sizes are the shapes', heads (a
-    pair, or one number) the RoPE tables', else a known width's; where both widths are equal the head's depth
-    is the checkpoint's or head_depth. ValueError names a wrong tensor."""
+    """DiTDH or plain DiT from a state dict in the released names, a file of one or a checkpoint of ours, with
+    what else that holds as `about`. Sizes are the shapes', heads (a pair or a number) the tables' or a known
+    width's; of equal widths the head's depth is the file's or head_depth. ValueError names the tensor."""
     file = state_dict_or_path
     if not isinstance(file, dict):
         file, where = torch.load(file, map_location="cpu", weights_only=True), str(file)

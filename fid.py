@@ -24,7 +24,7 @@ FILE = "inception-2015-12-05-6726825d.pth"
 URLS = (f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_{FILE}",
         f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-{FILE}")
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 # What statistics() gives for each metric; fid's and sfid's are also what a file of statistics holds.
 METRICS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s"), "is": ("is",), "pr": ("pool3",)}
 CHUNK, BLOCK = 5000, 1000                 # images per chunk of the Inception score; distances' rows at once
@@ -111,7 +111,9 @@ def resize_adm(x, size=299):
     return x.contiguous()
 
 def prepare(images, mode):
-    """Pixels of 0 to 255 (B, 3, H, W) -> (B, 3, 299, 299) for the network."""
+    """Pixels of 0 to 255, (B, 3, H, W) or a list of unequal (3, H, W) -> (B, 3, 299, 299) for the network."""
+    if isinstance(images, list):
+        return torch.cat([prepare(image[None], mode) for image in images])
     if mode == "adm":
         return (resize_adm(images.float()) - 128) / 128
     return 2 * F.interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False) - 1
@@ -129,13 +131,14 @@ def load_inception(path, device, mode="adm"):
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:                             # torch raises several kinds for a broken or other file
         raise ValueError(f"{path}: not the Inception weights ({' '.join(str(e).split())[:120]})") from None
-    return net, lambda images: net.features(prepare(images, mode)), f"{mode}, inception {sha[:8]}"
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)                # float32, all of it
+    return net, exact(lambda images: net.features(prepare(images, mode))), f"{mode}, inception {sha[:8]}"
 
 def load_encoder(features, size, device):
     """The same of "encoder:NAME" of rae.py: its tokens, averaged over the image of `size` pixels."""
     kind, _, name = features.partition(":")
     check(kind == "encoder", f"--features {features}: wants inception or encoder:NAME")
-    check(size.isdigit(), f"--features {features} wants square images; pass --crop")
+    check(size.isdigit(), f"--features {features} wants square images of one size; pass --crop")
     from rae import build_encoder
     encoder = build_encoder(name, int(size)).to(device)
     return None, lambda x: (encoder(x.float() / 255).mean(1),), f"encoder {name} {encoder.fingerprint[:8]}"
@@ -146,7 +149,7 @@ def warn(text):
 
 # ------------------------------------------------------------------------------------------------- the images
 class Images:
-    """Images of one size: of a folder (recursive, sorted; crop: ADM's, to so many px), an .npz or the toy."""
+    """Images of a folder (recursive, sorted), an .npz or the toy; crop: side of ADM's crop, or None."""
     def __init__(self, source, crop=None):
         self.source, self.crop, path = str(source), crop, Path(source)
         if source == "toy":
@@ -160,8 +163,9 @@ class Images:
             check(self.items.dtype == np.uint8 and self.items.shape[3:] == (3,),
                   f"{source}: wants arr_0 of uint8 (N, H, W, 3)")
         check(len(self) > 1, f"{source}: {len(self)} images; a distance needs two at least")
-        self.shape = _, height, width = self.read(0).shape
-        self.size = width if height == width else f"{width}x{height}"
+        sizes = {self.read(i).shape[1:] for i in range(min(len(self), 64))}
+        height, width = sizes.pop()
+        self.size = "mixed" if sizes else width if height == width else f"{width}x{height}"
     def __len__(self):
         return len(self.items)
     def read(self, i):
@@ -172,16 +176,15 @@ class Images:
                 image = Image.open(image).convert("RGB")
             except Exception as e:                     # PIL raises half a dozen kinds for broken files
                 raise ValueError(f"{image}: cannot be read as an image ({e})") from None
-            if self.crop:
-                from rae import center_crop
-                image = center_crop(image, self.crop)
+        if self.crop:
+            from rae import center_crop
+            image = center_crop(Image.fromarray(np.asarray(image)), self.crop)
         return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
     def batches(self, num, size, rank, world):
-        """(number of the first image, (b, 3, H, W)): every world-th batch from number rank on."""
+        """(number of the first image, (b, 3, H, W) or a list): every world-th batch from number rank on."""
         for first in range(rank * size, num, world * size):
             batch = [self.read(i) for i in range(first, min(first + size, num))]
-            check({x.shape for x in batch} == {self.shape}, f"{self.source}: of several sizes; pass --crop")
-            yield first, torch.stack(batch)
+            yield first, torch.stack(batch) if len({x.shape for x in batch}) == 1 else batch
 
 def read_npz(path, *keys):
     """Those of the named arrays that an .npz has; the others, which may be large, are not read."""
@@ -209,10 +212,10 @@ class Moments:
         return mu.numpy(), ((self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)).numpy()
 
 def gathered(x):
-    """x of every process, by rank."""
+    """x of every process, by rank, on the first; the others, which have no use for it, see only their own."""
     parts = [x] * WORLD
     if WORLD > 1:
-        dist.all_gather_object(parts, x)
+        dist.gather_object(x, parts if RANK == 0 else None)
     return parts
 
 def statistics(images, features, num, batch, device, net=None, metrics=("fid",)):
@@ -223,8 +226,8 @@ def statistics(images, features, num, batch, device, net=None, metrics=("fid",))
     rows = torch.empty(-(-num // (batch * WORLD)) if "pr" in metrics else 0, batch, 2048)
     for first, x in tqdm(images.batches(num, batch, RANK, WORLD), desc=images.source, unit="image",
                          unit_scale=batch * WORLD, disable=RANK > 0 or None):
-        f = features(x.to(device))                     # pool3 (b, 2048), spatial (b, 2023)
-        for m, y in zip(("fid", "sfid"), f):
+        f = features([i.to(device) for i in x] if isinstance(x, list) else x.to(device))
+        for m, y in zip(("fid", "sfid"), f):           # pool3 (b, 2048), spatial (b, 2023)
             if m in metrics:
                 moments[m].add(y)
         if "is" in metrics:
@@ -294,10 +297,9 @@ def score(samples, reference, features=None, metrics=("fid",), mode="adm", weigh
     features = features or ("encoder:toy" if reference == "toy" and not weights else "inception")
     check(features == "inception" or list(metrics) == ["fid"],
           f"--metrics {','.join(metrics)}: only fid's distance is there for --features {features}")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False   # float32, all of it
     began, a = time.time(), open_side(samples, metrics, crop, num)
     b = open_side(reference, [m for m in metrics if m != "is"] if reference else [], crop, num)
-    if getattr(a["images"], "jpeg", False):
+    if reference and getattr(a["images"], "jpeg", False):
         warn(f"{samples} holds JPEG images; their losses alone raise FID by several points")
     sizes = sorted({str(side["size"]) for side in (a, b)} - {"?"})
     check(len(sizes) < 2, f"{samples} and {reference} have {' and '.join(sizes)} px; pass --crop or the "

@@ -54,7 +54,7 @@ def read_image(path, size, short=None, rng=None):
     try:
         image = Image.open(path).convert("RGB")
     except Exception as e:                             # PIL raises half a dozen kinds for broken files
-        raise ValueError(f"{path}: not readable as an image ({e}); remove it") from None
+        raise ValueError(f"{path}: not readable as an image ({e})") from None
     return np.asarray(center_crop(image, size, short, rng)).transpose(2, 0, 1)
 
 class ImageFolder:
@@ -108,7 +108,7 @@ def fingerprint(tensors):
 
 class Encoder(nn.Module):
     """A frozen timm VisionTransformer: images (B, 3, H, W) in [0, 1] -> tokens (B, N, C), normed without
-    weights (C). It sees input_size pixels; positions are resized, for MAE and SigLIP2 without antialias."""
+    weights (appendix C). It sees input_size px; positions are resized, for MAE and SigLIP2 unantialiased."""
     def __init__(self, vit, input_size, mean, std, antialias=True, image_size=None):
         super().__init__()
         from timm.layers import resample_abs_pos_embed
@@ -143,7 +143,7 @@ def load_timm(model, weights, flag, unused=(), **extra):
     try:
         net = timm.create_model(model, pretrained=weights is None, num_classes=0, **extra)
     except Exception as e:                             # the hub client alone raises a dozen kinds
-        raise ValueError(f"{model}: not a plain ViT of timm, or the weights of {model} cannot be fetched "
+        raise ValueError(f"{model}: not in timm, not a plain ViT, or the weights of {model} cannot be had "
                          f"({' '.join(str(e).split())}): download them and pass {flag} FILE") from None
     if weights is not None:
         state = {k: v for k, v in read_file(weights).items() if not k.startswith(unused)}
@@ -229,9 +229,8 @@ def sincos_2d(dim, grid):
 
 # ---------------------------------------------------------------------------------------------- both together
 class RAE(nn.Module):
-    """Encoder and decoder, with mean and var (C, h, w) of the training set's tokens between them, or none.
-    tau: noise that the decoder is trained on (4.3), in train() mode only: sigma = tau U(0, 1) per image
-    ("uniform", as released) or |N(0, tau^2)| ("half-normal", the paper)."""
+    """Encoder and decoder with the tokens' mean and var (C, h, w), or none, between them. In train() mode the
+    tokens get noise (4.3) of sigma = tau U(0, 1), as released, or |N(0, tau^2)|, the paper's half-normal."""
     def __init__(self, encoder, decoder, mean=None, var=None, tau=0.0, noise_dist="uniform"):
         super().__init__()
         shape = encoder.dim, encoder.grid, encoder.grid
@@ -369,7 +368,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
 # Every random draw is a function of (seed, step, position in the global batch), and the data order of (seed,
 # epoch): nothing random is stored, a resumed run is exact, and one process and eight do the same run.
 def keyed_numpy(*key):
-    """Numpy generator of integers. Their count goes first: to numpy (a, b) and (a, b, 0) are one seed."""
+    """Numpy generator keyed by integers, their count first: to numpy (a, b) and (a, b, 0) are one seed."""
     return np.random.default_rng((len(key), *key))
 
 def keyed(device, *key):
@@ -383,8 +382,8 @@ def keyed_noise(keys, shape, device):
 epoch_order = lru_cache(2)(lambda seed, epoch, n: keyed_numpy(seed, epoch).permutation(n))
 
 class Batches(torch.utils.data.Dataset):
-    """Item s is this process's share of step s: images (b, 3, H, W) uint8 and labels (b,). `rows` are the
-    share's positions in the global batch, `parts` its slices of up to `micro` images."""
+    """Item s is this process's share of step s: what `data` loads, as (b, ...), and labels (b,). `rows` are
+    the share's positions in the global batch, `parts` its slices of up to `micro` images."""
     def __init__(self, data, batch_size, seed, flip, micro=None, rank=RANK, world=WORLD):
         check(batch_size % world == 0, f"--batch-size {batch_size} (global): no share for {world} processes")
         self.data, self.batch_size, self.seed, self.flip = data, batch_size, seed, flip
@@ -400,13 +399,18 @@ class Batches(torch.utils.data.Dataset):
             images.append(self.data.load(indices[-1], rng, self.flip and rng.random() < 0.5))
         return torch.from_numpy(np.stack(images)), torch.from_numpy(self.data.labels[indices])
 
+def ignore_stops(worker):
+    """SIGTERM and Ctrl-C reach the workers too, who must live until the main process has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
 def positive(text):
     """argparse type of a whole number above 0."""
     check(int(text) > 0, text)
     return int(text)
 
 def parser(doc, presets, training=True):
-    """Argument parser of every script, with the defaults of --preset; with `training`, of both loops."""
+    """Argument parser of sample.py or, with `training`, of the loops, with the defaults of --preset."""
     p = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False, add_help=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = p.add_argument
@@ -417,7 +421,7 @@ def parser(doc, presets, training=True):
     flag("--device", choices=DEVICES, default=DEVICES[0], help="where to compute")
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda")
     flag("--encoder-weights", help="local file of the encoder's weights, timm's names")
-    flag("--batch-size", type=positive, help="images a step, over all processes (paper: 512, 1024)")
+    flag("--batch-size", type=positive, help="images at once; in training a step's, all processes'")
     if training:
         flag("--data", help="toy, or a folder of images (its folders are the classes)")
         flag("--init", help="start from these weights: a checkpoint or released:NAME")
@@ -438,9 +442,8 @@ def start(args):
     """The device of this process, in torchrun's group or, alone, in a group of one, which needs no port."""
     kind = args.device
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
-    if args.precision == "auto":
-        args.precision = "bf16" if kind == "cuda" else "fp32"
-    tf32 = args.precision == "bf16"                    # fp32 means float32, so TF32 is off there
+    tf32 = args.precision == "bf16" or args.precision == "auto" and kind == "cuda"    # fp32 means float32
+    args.precision = "bf16" if tf32 else "fp32"
     if kind == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)    # gave NaN in bf16 under torch 2.13
@@ -511,8 +514,8 @@ def update_ema(ema, model, decay, step):
         e.data.lerp_(p.data, 1 - d)
 
 # Settings that change how a run goes, or what is looked at, and not its weights.
-FREE = set("out resume device workers micro_batch compile checkpoint_activations eval_every eval_num "
-           "fid_every fid_num fid_reference eval_sigma inception log_every sample_every save_every".split())
+FREE = ("out resume device workers micro_batch compile checkpoint_activations eval_every eval_num eval_sigma "
+        "val_data cfg fid_every fid_num fid_reference inception log_every sample_every save_every").split()
 
 class Run:
     """A training run in --out: settings, checkpoints, log, what is due at a step. `saved` is its newest whole
@@ -546,10 +549,10 @@ class Run:
     def steps(self, batches, device, n):
         """The steps that are left, then one more for what is due at the end. The loop adds to `sums` (n,)."""
         args, self.sums, self.logged = self.args, torch.zeros(n, device=device), self.first
-        signal.signal(signal.SIGINT, signal.SIG_IGN)   # so for workers: they must live until we have saved
         self.stream = iter(torch.utils.data.DataLoader(
             batches, batch_size=None, sampler=range(self.first, args.steps), num_workers=args.workers,
-            prefetch_factor=4 if args.workers else None, pin_memory=device.type == "cuda"))
+            prefetch_factor=4 if args.workers else None, pin_memory=device.type == "cuda",
+            worker_init_fn=ignore_stops))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
         if RANK == 0:                                  # the log drops what a resumed run will repeat
@@ -562,15 +565,16 @@ class Run:
         self.began, self.waited = time.time(), 0
         for self.step in progress(range(self.first, args.steps + 1), args.batch_size):
             average([stopped := torch.tensor(float(self.stopped), device=device)])    # all leave together
-            self.last = self.step == args.steps or bool(stopped)
+            self.halted = bool(stopped)
+            self.last = self.step == args.steps or self.halted
             yield self.step
     def stop(self, number, frame):
         """On SIGTERM or SIGINT the loop saves before it ends; a second signal ends it at once."""
         self.stopped = True
         signal.signal(number, signal.SIG_DFL)
-    def due(self, every):
-        """Whether this step is one of every so many, or the last."""
-        return self.step > self.first and (self.step % every == 0 or self.last)
+    def due(self, every, look=False):
+        """Whether this step is one of every so many, or the last; none to look at when the run is stopped."""
+        return self.step > self.first and (self.step % every == 0 or self.last) and not (look and self.halted)
     def batch(self):
         """This step's; the wait is counted."""
         began = time.time()
@@ -581,10 +585,10 @@ class Run:
         """(Means of the sums since the last call over steps and processes, what the log says of the pace)."""
         average([self.sums])
         steps, seconds = self.step - self.logged, time.time() - self.began
-        means, rate = self.sums / steps, steps * self.args.batch_size / seconds
-        left = (self.args.steps - self.step) * self.args.batch_size
+        means, left = self.sums / steps, (self.args.steps - self.step) / steps * seconds / 60
         pace = dict(lr=optimizers[0].param_groups[0]["lr"], skipped=sum(o.skipped for o in optimizers),
-                    images_per_s=rate, waiting=self.waited / seconds, minutes_left=left / rate / 60)
+                    images_per_s=steps * self.args.batch_size / seconds, waiting=self.waited / seconds,
+                    minutes_left=left)
         self.sums, self.logged, self.began, self.waited = torch.zeros_like(means), self.step, time.time(), 0
         return means, pace
     def log(self, **numbers):

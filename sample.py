@@ -1,12 +1,12 @@
-"""Pictures from a trained model: Euler from noise to a latent, then the decoder (5.1, E, I).
+"""Pictures from a trained model: Euler from noise to a latent, then the decoder (section 5.1, appendix E).
 
     python sample.py                                               # out/diffusion -> out/samples.png and .npz
     python sample.py --like cat.png --strength 0.6 --out edits.png # that image noised, denoised as each class
     torchrun --standalone --nproc_per_node=8 -- sample.py --num 50000 --out x.npz    # "--", or it takes --num
 
---out x.png is a grid of up to 100 pictures with x.npz of all beside it; x.npz alone holds uint8 (N, H, W, 3)
-as ADM's evaluator wants it; anything else is a folder of PNGs. Each carries a record of weights, flags and
-seed. Sample i depends on (seed, i) and its label, not on the batch or process it is drawn in.
+--out x.png is a grid of up to 100 pictures with x.npz of all beside it; x.npz holds uint8 (N, H, W, 3) as
+ADM's evaluator wants it; else a folder of PNGs; each with a record of weights, flags and seed. Sample i
+depends on (seed, i) and its label, not on the batch or process it is drawn in.
 """
 
 import json, time
@@ -45,7 +45,7 @@ def generate(rae, model, labels, grid, seed, first=0, begin=None, precision=null
 
 def neighbours(encoder, images, data, n):
     """Images (B, 3, H, W), each before the n of a data set nearest to it by the encoder's tokens, averaged
-    over the image: (B (1 + n), 3, h, w), and the cosine of the nearest, on average."""
+    over the image: (B + B n, 3, size, size), and the cosine of the nearest, on average."""
     def features(x):
         return F.normalize(encoder(x).mean(1), dim=1)                                 # (B, C)
     parts = (range(i, min(i + 256, len(data))) for i in range(0, len(data), 256))
@@ -82,7 +82,7 @@ def check_fit(name, model, rae):
     check(model.about.get("latents", rae.fingerprint()) == rae.fingerprint(),
           f"{name}: trained in other latents (encoder or statistics); pass their --decoder")
 
-def labels(text):
+def class_list(text):
     """argparse type: numbers like 0,3,7, or null."""
     return text if text == "null" else [int(c) for c in text.split(",")]
 
@@ -94,7 +94,7 @@ def main():
     flag("--encoder", help="encoder that a bare released decoder belongs to")
     flag("--stats", help="latent statistics file of a bare released decoder")
     flag("--num", type=positive, help="samples; with --like one a class, with --interpolate 8")
-    flag("--classes", type=labels, help="labels like 0,3,7, or null for none; default: all, balanced")
+    flag("--classes", type=class_list, help="labels like 0,3,7, or null for none; default: all, balanced")
     flag("--steps", type=positive, default=50, help="evaluations (released: 49, --t-last 0.001)")
     flag("--t-last", type=float, default=0.0, help="time of the last point, before the shift")
     flag("--alpha", type=float, help="schedule shift; default: the run's, else sqrt(N C / 4096)")
@@ -113,8 +113,8 @@ def main():
     device = start(args)
     # The model, the latent space that it was trained in, and a guide.
     model = load_model(args.ckpt).to(device)
-    run = model.about.get("settings", {})
-    files = {k: vars(args)[k] or run.get(k) for k in ("decoder", "encoder", "encoder_weights", "stats")}
+    made = model.about.get("settings", {})
+    files = {k: vars(args)[k] or made.get(k) for k in ("decoder", "encoder", "encoder_weights", "stats")}
     if args.ckpt.startswith("released:") and not files["decoder"]:
         files["decoder"] = "released:dinov2-b" + "-512" * args.ckpt.endswith("512")
     check(files["decoder"], f"{args.ckpt}: the file does not name its decoder; pass --decoder")
@@ -128,9 +128,10 @@ def main():
               f"{args.guide}: has {guide.num_classes} classes, the model {model.num_classes}")
         guidance |= dict(cfg=1.0, guide=guide, scale=args.scale)
     # What is drawn, and a record of it.
-    null = args.classes == "null" or not args.classes and (args.interpolate or run.get("label_drop") == 1)
+    unsaid = not args.classes and (args.interpolate or made.get("label_drop") == 1)
+    null = bool(unsaid) or args.classes == "null"
     classes = [model.num_classes] if null else args.classes or list(range(model.num_classes))
-    wrong = [c for c in classes if not 0 <= c < model.num_classes + bool(null)]
+    wrong = [c for c in classes if not 0 <= c < model.num_classes + null]
     check(not wrong, f"--classes {wrong}: out of range 0 to {model.num_classes - 1}")
     ends, begin = args.interpolate or [args.like] * bool(args.like), None
     if ends:                                           # one row of pictures, from latents between the ends
@@ -170,7 +171,7 @@ def main():
     else:
         np.savez(out.with_suffix(".npz"), arr_0=pixels, record=record)
     if out.suffix == ".png":
-        columns = args.num if ends else len(classes) if len(classes) <= 10 else 8
+        columns = next((n for n in (args.num if ends else len(classes), 8) if n <= 10))
         save_grid(images[:100 // columns * columns] / 255, out, columns)
     if args.neighbours:
         data = open_data(args.neighbours, rae.encoder.image_size)

@@ -25,21 +25,19 @@ from rae import (DECODERS, RAE, RANK, WORLD, Batches, Decoder, Optimizer, Run, a
                  read_images, released_file, save_grid, say, start, update_ema)
 
 # ImageNet: 2,502 steps an epoch of 1,281,167 images, 16 epochs (Table 12; as released where they differ).
-IMAGENET = dict(data="imagenet/train", encoder="dinov2-b", image_size=256, resize=384, size="XL",
-                critics="published", perceptual=1.0, gan=0.75, batch_size=512, steps=40032, lr=2e-4,
-                lr_end=2e-5, warmup=2502, ema=0.9978, workers=12, log_every=100, eval_every=2500,
-                eval_num=2000, save_every=2500)
-TOY = dict(data="toy", encoder="toy", image_size=32, size="toy", critics="encoder", perceptual=1.0, gan=0.1,
-           batch_size=64, steps=800, lr=2e-3, lr_end=1e-4, warmup=50, ema=0.99, workers=0, log_every=100,
-           eval_every=200, eval_num=500, save_every=400)
+IMAGENET = dict(data="imagenet/train", encoder="dinov2-b", image_size=256, resize=384, size="XL", gan=0.75,
+                critics="published", batch_size=512, steps=40032, lr=2e-4, lr_end=2e-5, warmup=2502,
+                ema=0.9978, workers=12, log_every=100, eval_every=2500, eval_num=2000, save_every=2500)
+TOY = dict(data="toy", encoder="toy", image_size=32, size="toy", gan=0.1,
+           critics="encoder", batch_size=64, steps=800, lr=2e-3, lr_end=1e-4, warmup=50,
+           ema=0.99, workers=0, log_every=100, eval_every=200, eval_num=500, save_every=400)
 PRESETS = dict(toy=TOY, imagenet256=IMAGENET, imagenet512=IMAGENET | dict(image_size=512, resize=768))
 LPIPS_URL = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
 LPIPS_MD5 = "d507d7349b931f0638a25a48a722f98a"
 
 # ----------------------------------------------------------------------------------------- the frozen critics
 class VitTaps(nn.Module):
-    """Tokens (B, N, C) of a frozen encoder's last block, then of each quarter, without the final norm, for
-    images (B, 3, H, W) in [0, 1], resized to what it sees."""
+    """Tokens (B, N, C), not normed, of a frozen ViT's last block and of each quarter, of images in [0, 1]."""
     def __init__(self, encoder):
         super().__init__()
         self.encoder, self.width, depth = encoder, encoder.dim, len(encoder.vit.blocks)
@@ -66,9 +64,8 @@ class VggTaps(nn.Module):
         return [x.flatten(2).transpose(1, 2) for x in taps]
 
 class Perceptual(nn.Module):
-    """Distance (B,) of two batches of images in [0, 1], LPIPS for VggTaps with its learned weights: features
-    of unit length, their squared difference, weighted by channel (1 / taps unless given), mean over positions
-    and sum over taps. Always float32; gradients reach the first images."""
+    """Distance (B,) of two batches of images in [0, 1], LPIPS for VggTaps with its learned weights: squared
+    difference of unit features, weighted by channel (1 / taps unless given), mean over positions, summed."""
     def __init__(self, taps, weights=None):
         super().__init__()
         self.taps, self.weights = taps, weights
@@ -142,8 +139,7 @@ def adaptive_weight(of_reconstruction, of_gan):
 
 # -------------------------------------------------------------------------------------------------- the score
 def ssim(a, b):
-    """Structural similarity of images (B, 3, H, W) in [0, 1], (B,): per colour, Gaussian window of 11 px and
-    sigma 1.5 that stays inside the image, K = 0.01, 0.03 (Wang et al. 2004)."""
+    """SSIM (Wang et al. 2004), (B,): per colour, Gaussian window of 11 px, sigma 1.5, inside the image."""
     x = torch.arange(11, device=a.device) - 5.0
     g = (-x.square() / (2 * 1.5 ** 2)).exp()
     g = (g / g.sum()).repeat(3, 1, 1, 1)                                              # (3, 1, 1, 11)
@@ -155,14 +151,13 @@ def ssim(a, b):
             / ((mu_a ** 2 + mu_b ** 2 + 1e-4) * (var_a + var_b + 9e-4))).mean((1, 2, 3))
 
 def evaluate(rae, data, distance, inception, args):
-    """Numbers of --eval-num images, and a grid of 16: PSNR (dB), SSIM, LPIPS if given, and the Frechet
-    distance to the images, rFID with Inception weights, else in the encoder's features; from clean latents
-    and ("_noisy") with noise of --eval-sigma on the raw tokens."""
+    """PSNR (dB), SSIM, LPIPS if given, and the Frechet distance (rFID by Inception, else by the encoder) of
+    --eval-num images, from clean latents and ("_noisy") with noise of --eval-sigma on them; a grid of 16."""
     device, sums, moments, num = rae.mean.device, {}, {}, min(args.eval_num, len(data))
-    rows = np.linspace(0, len(data) - 1, num).astype(int)
+    rows, n = np.linspace(0, len(data) - 1, num).astype(int), args.micro_batch or args.batch_size // WORLD
     features = inception or (lambda x: (rae.encoder(x / 255).mean(1),))
-    for first in range(0, len(rows), args.batch_size):
-        chosen = rows[first:first + args.batch_size]
+    for first in range(0, num, n):
+        chosen = rows[first:first + n]
         images = read_images(data, chosen, device)                                    # (B, 3, H, W)
         tokens = rae.encoder(images)                                                  # (B, N, C)
         noise = keyed_noise([(args.seed, first + i) for i in range(len(chosen))], tokens.shape[1:], device)
@@ -190,7 +185,7 @@ def learning_rate(step, steps, args):
 def main():
     p = parser(__doc__, PRESETS)
     flag = p.add_argument
-    flag("--val-data", help="folder to evaluate on; without it training images serve")
+    flag("--val-data", help="folder to evaluate on; unset: --data")
     flag("--encoder", help="toy, dinov2-{s,b,l}, siglip2-b, mae-b, timm:MODEL or a file")
     flag("--image-size", type=positive, help="pixels of the decoded image")
     flag("--resize", type=int, help="short side before a random crop (paper: 384); unset: centre")
@@ -202,12 +197,12 @@ def main():
     flag("--lpips-weights", help="local file of LPIPS' VGG weights (v0.1)")
     flag("--vgg-weights", help="local file of VGG16's weights, timm's names")
     flag("--dino-weights", help="local file of DINO-S/8's weights, timm's names")
-    flag("--perceptual", type=float, help="weight of the perceptual loss (paper: 1)")
+    flag("--perceptual", type=float, default=1.0, help="weight of the perceptual loss (paper: 1)")
     flag("--gan", type=float, help="weight of the GAN loss, 0 for none (paper: 0.75)")
-    flag("--starts", type=float, nargs=3, default=(0, 0.375, 0.5), metavar=("LPIPS", "D", "GAN"),
+    flag("--starts", type=float, nargs=3, default=[0, 0.375, 0.5], metavar=("LPIPS", "D", "GAN"),
          help="when each begins, as a share of the run (paper: epochs 0, 6 and 8 of 16)")
     flag("--warmup", type=int, help="steps of linear warm-up (paper: 1 of 16 epochs)")
-    flag("--betas", type=float, nargs=2, default=(0.9, 0.95), help="of AdamW (paper: 0.5 0.9)")
+    flag("--betas", type=float, nargs=2, default=[0.9, 0.95], help="of AdamW (paper: 0.5 0.9)")
     flag("--eval-only", action="store_true", help="print the numbers of --ckpt and stop")
     flag("--ckpt", help="with --eval-only: a checkpoint, released:NAME or a released file")
     flag("--stats", help="with --eval-only: latent statistics of a bare released file")
@@ -224,8 +219,7 @@ def main():
     inception = load_inception(args.inception, device)[1] if args.inception else None
     if args.eval_only:
         check(args.ckpt, "--eval-only wants a decoder: pass --ckpt")
-        encoder = args.encoder if args.stats else None
-        rae = load_rae(args.ckpt, encoder, args.encoder_weights, args.stats, device)
+        rae = load_rae(args.ckpt, args.stats and args.encoder, args.encoder_weights, args.stats, device)
         data = open_data(args.val_data or args.data, rae.decoder.grid * rae.decoder.patch_size, "val")
         metric = lpips(args, device) if args.critics == "published" else None
         numbers, grid = evaluate(rae, data, metric, inception, args)
@@ -271,13 +265,13 @@ def main():
         if run.due(args.log_every):
             means, pace = run.means(optimizer, optimizer_d)
             run.log(**dict(zip(names, means.tolist())), **pace)
-        if RANK == 0 and run.due(args.eval_every):
-            numbers, grid = evaluate(averaged, val, perceptual if published else None, inception, args)
-            run.log(**numbers)
-            save_grid(grid, f"{args.out}/grid_{step:06d}.png", columns=len(grid) // 3)
         if RANK == 0 and (run.due(args.save_every) or step == 0):
             run.save(image_size=size, config=decoder.config, encoder=args.encoder,
                      encoder_hash=encoder.fingerprint, mean=mean, var=var)
+        if RANK == 0 and run.due(args.eval_every, look=True):
+            numbers, grid = evaluate(averaged, val, perceptual if published else None, inception, args)
+            run.log(**numbers)
+            save_grid(grid, f"{args.out}/grid_{step:06d}.png", columns=len(grid) // 3)
         if run.last:
             break
         # Each critic is walked back once, to the reconstruction; from there on both losses go together.

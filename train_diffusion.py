@@ -115,17 +115,17 @@ def main():
             losses, counts, norm = means.split([BINS, BINS, 1])
             by_t = [s / n if n else None for s, n in zip(losses.tolist(), counts.tolist())]
             run.log(loss=(losses.sum() / counts.sum()).item(), grad_norm=norm.item(), loss_by_t=by_t, **pace)
-        if RANK == 0 and run.due(args.sample_every):
+        if RANK == 0 and (run.due(args.save_every) or step == 0):
+            run.save(alpha=alpha, config=model.config, classes=data.classes, latents=rae.fingerprint())
+        if RANK == 0 and run.due(args.sample_every, look=True):
             shown = balanced_labels(classes[:10], 8 * len(classes[:10]))
             pictures = generate(rae, ema, shown, time_grid(25, alpha), args.seed, **drawn)
             save_grid(pictures, f"{args.out}/samples_{step:07d}.png", columns=len(classes[:10]))
-        if args.fid_every and run.due(args.fid_every):
+        if args.fid_every and run.due(args.fid_every, look=True):
             scored = balanced_labels(classes, args.fid_num)
             samples = Samples(rae, ema, scored, time_grid(50, alpha), args.seed, **drawn)
             scores = fid.score(samples, args.fid_reference, weights=args.inception, device=device)
             run.log(**{k: v for k, v in scores.items() if k not in ("num", "label")})
-        if RANK == 0 and (run.due(args.save_every) or step == 0):
-            run.save(alpha=alpha, config=model.config, classes=data.classes, latents=rae.fingerprint())
         if run.last:
             break
 
@@ -161,8 +161,9 @@ class CachedLatents:
         room = 2 * math.prod(shape)
         say(f"{folder}: encoding {len(images)} images in both flips, {room / 1e9:.3g} GB")
         Path(folder).mkdir(parents=True, exist_ok=True)
-        check(shutil.disk_usage(folder).free > room, f"{folder}: no room for {room / 1e9:.3g} GB")
         if RANK == 0:
+            self.path.unlink(missing_ok=True)          # of an attempt that was stopped
+            check(shutil.disk_usage(folder).free > room, f"{folder}: no room for {room / 1e9:.3g} GB")
             np.lib.format.open_memmap(self.path, "w+", np.float16, shape)
         dist.barrier()
         file = np.lib.format.open_memmap(self.path, "r+")
@@ -193,8 +194,7 @@ def start_from(model, name):
     """Copy another model's weights; another class count keeps our fresh label table."""
     other, mine, key = load_model(name).state_dict(), model.state_dict(), "y_embedder.embedding_table.weight"
     if len(other[key]) != len(mine[key]):
-        say(f"--init {name}: {len(other[key]) - 1} classes there, {len(mine[key]) - 1} here; "
-            "the label table is new")
+        say(f"{name}: {len(other[key]) - 1} classes there, {model.num_classes} here; the label table is new")
         other[key] = mine[key]
     load_strict(model, other, name)
 

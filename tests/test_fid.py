@@ -345,13 +345,12 @@ def test_mistakes(run, sides, inception_file, tmp_path):
     cases = [
         (f"a b.npz {weights} --mode pytorch-fid", r"b.npz: statistics of \(adm, .*\), not of \(pytorch-fid"),
         (f"big b.npz {weights}", "big and b.npz have 48 and 32 px|32 and 48 px; pass --crop"),
-        (f"uneven b.npz {weights}", "32 and 40x32 px"),
-        (f"uneven uneven {weights}", "uneven: of several sizes; pass --crop"),
+        (f"uneven b.npz {weights}", "32 and mixed px"),
         (f"broken a {weights}", "broken/1.png: cannot be read as an image"),
         (f"a nan.npz {weights}", "nan.npz: mu is not finite throughout"),
         (f"a b {weights} --metrics fid,kid", "--metrics fid,kid: wants some of"),
         ("a b --features encoder:toy --metrics is", "--metrics is: only fid"),
-        ("uneven uneven --features encoder:toy", "wants square images; pass --crop"),
+        ("uneven uneven --features encoder:toy", "wants square images of one size; pass --crop"),
         (f"a b --weights {tmp_path}/nan.npz", "not the Inception weights"),
     ]
     for arguments, message in cases:
@@ -360,6 +359,7 @@ def test_mistakes(run, sides, inception_file, tmp_path):
         assert "\n" not in str(stop.value)
     with pytest.raises(ValueError, match="pass the file .--weights, in training --inception"):
         fid.load_inception("nowhere.pth", "cpu")
+    run("fid.py", f"uneven uneven {weights}", tiny=False)             # resized one by one
     run("fid.py", f"uneven a {weights} --crop 32", tiny=False)
 
 

@@ -185,11 +185,11 @@ def test_sigterm_saves(tmp_path):
     save_images(tmp_path / "photos", 40, size=(32, 32))
     process = subprocess.Popen([sys.executable, f"{ROOT}/train_diffusion.py", "--data", f"{tmp_path}/photos",
                                 "--out", f"{tmp_path}/run", "--log-every", "1", "--workers", "1"],
-                               stdout=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stdout:
-        if line.startswith("step 3 "):
-            process.send_signal(signal.SIGTERM)
-    assert process.wait() == 0
+        if line.startswith("step 3 "):                 # as torchrun does: to the worker too
+            os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait() == 0 and not list((tmp_path / "run").glob("samples_*.png"))
     saved = load(tmp_path / "run" / "checkpoint.pt")["step"]
     assert saved == log_of(tmp_path / "run")[-1]["step"] and 3 < saved < 20
 
