@@ -427,6 +427,7 @@ def peak(num, metrics):
     return int(done.stdout.split()[-1])
 
 
+@pytest.mark.slow
 def test_sums_stream():
     a, b = peak(1000, "fid,sfid,is"), peak(4000, "fid,sfid,is")
     assert b < a + 12e6, (a, b)                        # 3,000 more rows of features would be 50 MB

@@ -398,6 +398,7 @@ def bench(*arguments):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_what_the_benchmark_computes():
     plain, less = bench("--sizes", "S", "--seconds", "0")["fits"][:2]
     assert not plain["checkpoint_activations"] and less["checkpoint_activations"]
