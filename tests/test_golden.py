@@ -192,8 +192,8 @@ def test_heads_of_every_size(head):
 
 
 @pytest.mark.parametrize("name, dim", [
-    ("dinov2-s", 384), ("dinov2-b", 768), pytest.param("dinov2-l", 1024, marks=pytest.mark.slow), ("siglip2-b", 768), ("mae-b", 768),
-    ("timm:vit_tiny_patch16_224", 192)])
+    ("dinov2-s", 384), ("dinov2-b", 768), ("siglip2-b", 768), ("mae-b", 768),
+    ("timm:vit_tiny_patch16_224", 192), pytest.param("dinov2-l", 1024, marks=pytest.mark.slow)])
 def test_encoders_at_full_size(name, dim, monkeypatch):
     """Random weights: the shapes at 256 and 512 px, frozen under train(), affine-free last norm."""
     import timm
