@@ -399,10 +399,9 @@ class Batches(torch.utils.data.Dataset):
             images.append(self.data.load(indices[-1], rng, self.flip and rng.random() < 0.5))
         return torch.from_numpy(np.stack(images)), torch.from_numpy(self.data.labels[indices])
 
-def ignore_stops(worker):
-    """SIGTERM and Ctrl-C reach the workers too, who must live until the main process has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def own_group(worker):
+    """Out of reach of Ctrl-C and torchrun's SIGTERM: workers must live until the main process has saved."""
+    os.setpgrp()
 
 def positive(text):
     """argparse type of a whole number above 0."""
@@ -552,7 +551,7 @@ class Run:
         self.stream = iter(torch.utils.data.DataLoader(
             batches, batch_size=None, sampler=range(self.first, args.steps), num_workers=args.workers,
             prefetch_factor=4 if args.workers else None, pin_memory=device.type == "cuda",
-            worker_init_fn=ignore_stops))
+            worker_init_fn=own_group))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
         if RANK == 0:                                  # the log drops what a resumed run will repeat
