@@ -330,6 +330,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    p.error = lambda text: sys.exit(f"error: {text}")  # one line for these mistakes too, without the usage
     flag = p.add_argument
     flag("samples", nargs="?", default="out/samples.npz", help="folder or .npz")
     flag("reference", nargs="?", default="toy", help="folder, .npz of images or statistics, or toy")

@@ -412,6 +412,7 @@ def parser(doc, presets, training=True):
     """Argument parser of sample.py or, with `training`, of the loops, with the defaults of --preset."""
     p = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False, add_help=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = lambda text: sys.exit(f"error: {text}")  # one line for these mistakes too, without the usage
     flag = p.add_argument
     flag("--preset", choices=presets, default="toy", help="all other defaults")
     p.set_defaults(**presets[p.parse_known_args()[0].preset])
@@ -521,13 +522,13 @@ class Run:
     checkpoint, or {}. ValueError if the folder holds another run, with the differences."""
     def __init__(self, args, kind):
         self.args, self.out, self.saved, self.parts, self.stopped = args, Path(args.out), {}, {}, False
-        here = dict(kind=kind) | {k: v for k, v in vars(args).items() if k not in FREE}
+        self.settings = dict(kind=kind) | {k: v for k, v in vars(args).items() if k not in FREE}
         for path in (self.out / "checkpoint.pt", self.out / "previous.pt"):
             try:
                 self.saved = self.saved or (read_file(path) if path.exists() else {})
             except ValueError as e:
                 say(f"{e}; trying the one before")
-        there, self.settings = self.saved.get("settings", {}), here
+        there, here = self.saved.get("settings", {}), self.settings
         other = "; ".join(f"{k} {there.get(k)} there, {v} here" for k, v in here.items() if there.get(k) != v)
         early = {"log.jsonl", "log.tmp", "pairs.png", "eval.png", "checkpoint.tmp"}    # a run killed at once
         used = self.out.exists() and {f.name for f in self.out.iterdir()} - early

@@ -257,7 +257,6 @@ def main():
         layer.compile()                                # in place, names stay; lambda walks the last layer
     say(f"{args.encoder}: {encoder.grid ** 2} tokens x {encoder.dim}; decoder {args.size}, "
         f"{sum(x.numel() for x in decoder.parameters()) / 1e6:.1f}M parameters, {len(data)} images")
-
     start_p, start_d, start_g = (round(share * args.steps) for share in args.starts)
     batches = Batches(data, args.batch_size, args.seed, False, args.micro_batch)
     names = ("l1", "perceptual", "gan", "d_loss", "gan_weight")

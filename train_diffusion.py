@@ -103,7 +103,6 @@ def main():
         model.compile()                                # in place: names in the checkpoint stay as they are
     say(f"{len(data)} images, {len(data.classes)} classes; {shape[0]} tokens x {shape[1]}, "
         f"alpha {alpha:.3f}; DiT {width} x {depth}, {sum(x.numel() for x in model.parameters()) / 1e6:.1f}M")
-
     batches = Batches(data, args.batch_size, args.seed, not args.no_flip, args.micro_batch)
     classes = list(range(model.num_classes)) if args.label_drop < 1 else [model.num_classes]
     drawn = dict(precision=autocast(device, args), cfg=args.cfg)
@@ -128,7 +127,6 @@ def main():
             run.log(**{k: v for k, v in scores.items() if k not in ("num", "label")})
         if run.last:
             break
-
         seen, labels = (x.to(device, non_blocking=True) for x in run.batch())         # (b, ...), (b,)
         t, keep, noise = draws(args, device, step, batches.rows, shape)
         labels = torch.where(keep, labels, model.num_classes)

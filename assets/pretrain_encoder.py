@@ -47,6 +47,7 @@ class MaskedAutoencoder(nn.Module):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = lambda text: sys.exit(f"error: {text}")  # one line for these mistakes too, without the usage
     p.add_argument("--data", default="toy", help="toy, or a folder of images")
     p.add_argument("--out", default="out/encoder.pt", help="the file to write")
     p.add_argument("--image-size", type=positive, default=32, help="pixels")
