@@ -1,280 +1,455 @@
-"""DiT^DH and its flow, the diffusion side of an RAE (arXiv 2510.11690, sections 4, 5); letters as in rae.py.
+"""DiT^DH and its flow: the diffusion side of an RAE (arXiv 2510.11690, sections 4 and 5).
 
-    model = DiTDH(latent_dim=64, grid=4, width=(96, 128), depth=(4, 2), heads=(3, 4), num_classes=10)
-    loss = flow_loss(model, z, y, alpha=shift_alpha(16, 64)).mean()                   # z (B, N, C), y (B,)
-    z = sample(model, noise, y, time_grid(50, alpha=1.0), cfg=1.5)                    # (B, N, C)
+    model = DiTDH(latent_dim=64, grid_size=4, backbone=(96, 4, 3), wide_head=(128, 2, 4),
+    num_classes=10) loss = flow_loss(model, z, y, alpha=shift_alpha(16, 64)).mean()        # z (B,
+    N, C), y (B,) z = sample(model, noise, y, time_grid(50, alpha=1.0), cfg_scale=1.5)   # (B, N,
+    C)
 
-A latent token has hundreds of channels, and a transformer narrower than that cannot predict its noise
-(Theorem 1). DiT^DH therefore reads the noisy latent twice: a deep, narrow backbone turns it into one
-condition per token, and a shallow head at least as wide as the token turns that into the velocity.
+A token of a representation encoder has hundreds of channels, and a transformer narrower than that
+cannot predict the noise in it (Theorem 1). DiT^DH therefore reads the noisy latent twice: a deep,
+narrow backbone turns it into one condition per token, and a shallow head, at least as wide as a
+token, turns the latent into the velocity under that condition.
+
+The letters are those of the table at the top of rae.py: t is 0 for data and 1 for noise.
 """
 
 import math
-from functools import partial
-from statistics import mode
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Table 13 of the paper: (width, depth, heads). DiT^DH's head takes its width and heads from here too, from G.
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16),
-         "XXL": (1280, 32, 16), "H": (1536, 32, 16), "G": (2048, 40, 16), "T": (2688, 40, 21)}
+# Table 13: (width, depth, num_heads). The head of DiT^DH takes its width and num_heads from here
+# too.
+SIZES = {
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+    "XXL": (1280, 32, 16),
+    "H": (1536, 32, 16),
+    "G": (2048, 40, 16),
+    "T": (2688, 40, 21),
+}
 
-# -------------------------------------------------------------------------------------------------- the model
-def sincos_2d(dim, grid):
-    """2-D sin-cos positions (N, dim): first half of the channels for the column, second for the row."""
-    freq = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * freq                   # (grid, dim / 4)
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                               # (grid, dim / 2)
-    return torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], dim=1).float()
+# ---------------------------------------------------------------------------------------------
+# The model. Its parameters have the names and shapes of the released checkpoints.
 
-class TokenLinear(nn.Conv2d):
-    """Linear map of tokens (B, N, C) -> (B, N, D), stored as a 1x1 convolution, as in the released files."""
-    def forward(self, x):
-        return F.linear(x, self.weight.flatten(1), self.bias)
 
-class Rope(nn.Module):
-    """2-D rotary positions: the first half of each head turns with the row, the second with the column."""
-    def __init__(self, head_dim, grid):
+def sincos_2d(dim, grid_size):
+    """2-D sin-cos positions (N, dim). Half of the channels encode the column, half the row."""
+    frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))  # (dim / 4,)
+    angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequency  # (grid, dim / 4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim / 2)
+    column = axis.repeat(grid_size, 1)  # (N, dim / 2)
+    row = axis.repeat_interleave(grid_size, dim=0)  # (N, dim / 2)
+    return torch.cat([column, row], dim=1).float()
+
+
+class TokenEmbedder(nn.Module):
+    """A linear map of tokens (B, N, C) -> (B, N, D), stored as the released 1x1 convolution."""
+
+    def __init__(self, latent_dim, width):
         super().__init__()
-        half = head_dim // 2
-        freq = 10000.0 ** (-torch.arange(0, half, 2) / half)
-        angle = torch.arange(grid)[:, None] * freq.repeat_interleave(2)            # (grid, half), equal pairs
-        angle = torch.cat([angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)], dim=1)  # (N, head_dim)
-        self.register_buffer("freqs_cos", angle.cos())
-        self.register_buffer("freqs_sin", angle.sin())
+        self.proj = nn.Conv2d(latent_dim, width, kernel_size=1)
+
     def forward(self, x):
-        """x (..., N, head_dim); neighbouring channels (a, b) become (a cos - b sin, b cos + a sin)."""
-        swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                       # (b, a)
-        sign = torch.tensor([-1.0, 1.0], device=x.device).repeat(x.shape[-1] // 2)
-        return torch.addcmul(x * self.freqs_cos, swapped, self.freqs_sin * sign)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
-class Attention(nn.Module):
-    """Attention over x (B, N, D) whose queries and keys are turned by a Rope."""
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-    def forward(self, x, rope):
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (3, B, heads, N, d)
-        (q, k), v = rope(qkv[:2]).to(qkv.dtype), qkv[2]
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))                                # (B, N, D)
 
-class SwiGLU(nn.Module):
-    """Gated MLP on x (B, N, D)."""
+class TimeEmbedder(nn.Module):
+    """Times t (B,) -> (B, D): 256 random frequencies, then a small MLP."""
+
     def __init__(self, width):
         super().__init__()
-        hidden = int(2 / 3 * 4 * width)                # three matrices with the cost of a usual MLP's two
+        # A parameter, since the released code trains it too: checkpoints differ from the random
+        # start.
+        self.W = nn.Parameter(torch.randn(256))
+        self.mlp = nn.Sequential(nn.Linear(512, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        angle = 2 * math.pi * t[:, None].float() * self.W  # (B, 256)
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))  # (B, D)
+
+
+class LabelEmbedder(nn.Module):
+    """Labels y (B,) -> (B, D). The last row, number num_classes, is the null label of guidance."""
+
+    def __init__(self, num_classes, width):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class Rope(nn.Module):
+    """2-D rotary positions: half of each head turns with the row, half with the column."""
+
+    def __init__(self, head_dim, grid_size):
+        super().__init__()
+        half = head_dim // 2
+        frequency = 10000.0 ** (-torch.arange(0, half, 2) / half)  # (half / 2,)
+        frequency = frequency.repeat_interleave(2)  # a pair of channels turns together: (half,)
+        angle = torch.arange(grid_size)[:, None] * frequency  # (grid, half)
+        row = angle.repeat_interleave(grid_size, dim=0)  # (N, half)
+        column = angle.repeat(grid_size, 1)  # (N, half)
+        angle = torch.cat([row, column], dim=1)  # (N, head_dim)
+        self.register_buffer("freqs_cos", angle.cos())
+        self.register_buffer("freqs_sin", angle.sin())
+
+    def forward(self, x):
+        """Turn x (..., N, head_dim): neighbours (a, b) become (a cos - b sin, b cos + a sin)."""
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (..., N, head_dim / 2) each
+        turned = torch.stack([-b, a], dim=-1).flatten(-2)  # (..., N, head_dim)
+        return x * self.freqs_cos + turned * self.freqs_sin
+
+
+class Attention(nn.Module):
+    """Self-attention over x (B, N, D), with rotary positions on queries and keys."""
+
+    def __init__(self, width, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, rope):
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, num_heads, d)
+        qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # (2 or 1, B, num_heads, N, d)
+        q, k = rope(qk).to(v.dtype)  # the tables are float32, under autocast v is bfloat16
+        x = F.scaled_dot_product_attention(q, k, v[0])  # (B, num_heads, N, d)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class SwiGLU(nn.Module):
+    """A gated MLP on x (B, N, D)."""
+
+    def __init__(self, width):
+        super().__init__()
+        hidden = int(2 / 3 * 4 * width)  # three matrices at the cost of the usual two of 4 D
         self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
+
     def forward(self, x):
         gate, up = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * up)
 
+
 def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
-def modulation(width, n):
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, n * width))
 
 class Block(nn.Module):
-    """Block with adaptive norms; the condition c is (B, 1, D) in the backbone, (B, N, D) in the head."""
-    def __init__(self, width, heads):
+    """A transformer block whose norms are modulated and whose branches are gated by a condition c.
+
+    x is (B, N, D). In the backbone c is (B, 1, D), one for the image; in the head it is (B, N, D),
+    one per token.
+    """
+
+    def __init__(self, width, num_heads):
         super().__init__()
         self.norm1 = nn.RMSNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, num_heads)
         self.norm2 = nn.RMSNorm(width, eps=1e-6)
         self.mlp = SwiGLU(width)
-        self.adaLN_modulation = modulation(width, 6)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
     def forward(self, x, c, rope):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)      # (B, N, D)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))          # (B, N, D)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)  # (B, N, D)
+        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (B, N, D)
+        return x
 
-class TimeEmbedder(nn.Module):
-    """t (B,) -> (B, D) by 256 random frequencies and a small MLP."""
-    def __init__(self, width):
-        super().__init__()
-        self.W = nn.Parameter(torch.randn(256))           # trainable, like pos_embed, as in the released code
-        self.mlp = nn.Sequential(nn.Linear(512, width), nn.SiLU(), nn.Linear(width, width))
-    def forward(self, t):
-        angle = 2 * math.pi * t[:, None].float() * self.W                             # (B, 256)
-        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
 
 class FinalLayer(nn.Module):
-    """x (B, N, D) under c (B, 1 or N, D) -> velocity (B, N, C)."""
+    """x (B, N, D) under c (B, 1, D) or (B, N, D) -> the velocity (B, N, C)."""
+
     def __init__(self, width, latent_dim):
         super().__init__()
         self.norm_final = nn.RMSNorm(width, eps=1e-6)
         self.linear = nn.Linear(width, latent_dim)
-        self.adaLN_modulation = modulation(width, 2)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))                # (B, N, C)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
 
 class DiTDH(nn.Module):
-    """DiT^DH (section 5, Fig. 5) or, with a head depth of 0, the plain DiT; released parameter names.
-    latent_dim is C, grid the latent's side (N = grid * grid); width, depth and heads are pairs (backbone,
-    head). Labels run from 0 to num_classes - 1, and num_classes is the null label."""
-    def __init__(self, latent_dim, grid, width, depth, heads, num_classes):
-        super().__init__()
-        for w, h in list(zip(width, heads))[:2 if depth[1] else 1]:
-            if w % h or w // h % 4:
-                raise ValueError(f"width {w} with {h} heads: each head needs a multiple of 4 channels")
-        self.config = dict(latent_dim=latent_dim, grid=grid, width=tuple(width), depth=tuple(depth),
-                           heads=tuple(heads), num_classes=num_classes)
-        self.latent_dim, self.grid, self.depth, self.num_classes = latent_dim, grid, tuple(depth), num_classes
-        wide, last = (width[1], heads[1]) if depth[1] else (width[0], heads[0])
-        self.pos_embed = nn.Parameter(sincos_2d(width[0], grid)[None])                # (1, N, D)
-        self.x_embedder = nn.ModuleDict({"proj": TokenLinear(latent_dim, wide, 1)})
-        self.t_embedder = TimeEmbedder(width[0])
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width[0])})
-        if depth[1]:
-            self.s_embedder = nn.ModuleDict({"proj": TokenLinear(latent_dim, width[0], 1)})
-            self.s_projector = nn.Linear(width[0], wide) if wide != width[0] else nn.Identity()
-            self.enc_feat_rope = Rope(width[0] // heads[0], grid)
-            self.dec_feat_rope = Rope(wide // last, grid)
-        else:
-            self.feat_rope = Rope(width[0] // heads[0], grid)
-        self.blocks = nn.ModuleList([Block(width[0], heads[0]) for _ in range(depth[0])]
-                                    + [Block(wide, last) for _ in range(depth[1])])
-        self.final_layer = FinalLayer(wide, latent_dim)
-        self.checkpoint_activations = False            # True: blocks run again in the backward pass
-        self.initialize()
-    def initialize(self):
-        """The released initialisation: every block starts as the identity and the velocity as zero."""
-        for m in self.modules():
-            if isinstance(m, TokenLinear) or isinstance(m, nn.Linear) and not self.depth[1]:
-                nn.init.xavier_uniform_(m.weight.flatten(1))
-                nn.init.zeros_(m.bias)
-        for m in self.y_embedder["embedding_table"], self.t_embedder.mlp[0], self.t_embedder.mlp[2]:
-            nn.init.normal_(m.weight, std=0.02)
-        last = self.final_layer
-        for m in (*(block.adaLN_modulation[1] for block in (*self.blocks, last)), last.linear):
-            nn.init.zeros_(m.weight)
-            nn.init.zeros_(m.bias)
-    def forward(self, x_t, t, y):
-        """x_t (B, N, C), t (B,) in [0, 1] after the shift, y (B,) int -> velocity v (B, N, C)."""
-        blocks = [partial(checkpoint, block, use_reentrant=False) if self.checkpoint_activations else block
-                  for block in self.blocks]
-        t = self.t_embedder(t)[:, None]                                               # (B, 1, D)
-        c = t + self.y_embedder["embedding_table"](y)[:, None]                        # (B, 1, D)
-        if not self.depth[1]:
-            x = self.x_embedder["proj"](x_t).float() + self.pos_embed                 # (B, N, D)
-            for block in blocks:
-                x = block(x, c, self.feat_rope)                                       # (B, N, D)
-            return self.final_layer(x, c)                                             # (B, N, C)
-        c = F.silu(c)                                  # residual streams stay float32 under autocast
-        s = self.s_embedder["proj"](x_t).float() + self.pos_embed                     # (B, N, D)
-        for block in blocks[:self.depth[0]]:
-            s = block(s, c, self.enc_feat_rope)                                       # (B, N, D)
-        s = self.s_projector(F.silu(s + t))                                           # (B, N, D_head)
-        x = self.x_embedder["proj"](x_t).float()                                # (B, N, D_head), no positions
-        for block in blocks[self.depth[0]:]:
-            x = block(x, s, self.dec_feat_rope)                                       # (B, N, D_head)
-        return self.final_layer(x, s)                                                 # (B, N, C)
+    """DiT^DH (section 5, Fig. 5), or the plain DiT where wide_head is None.
 
-# --------------------------------------------------------------------------------------------------- the flow
-def shift_alpha(num_tokens, channels):
-    """alpha = sqrt(N C / 4096), at least 1: more dimensions need more noise to hide an image (4.2)."""
-    return max(1.0, math.sqrt(num_tokens * channels / 4096))
+    latent_dim is C and grid_size the latent's side, so N = grid_size ** 2. backbone and wide_head
+    are (width, depth, num_heads) each. Labels are 0 to num_classes - 1; num_classes is the null
+    label.
+    """
+
+    def __init__(self, latent_dim, grid_size, backbone, wide_head, num_classes):
+        super().__init__()
+        for size in (backbone, wide_head):
+            if size is not None and size[0] % (4 * size[2]) != 0:
+                raise ValueError(
+                    f"width {size[0]} with {size[2]} heads: each needs a multiple of 4 channels"
+                )
+        self.config = dict(
+            latent_dim=latent_dim,
+            grid_size=grid_size,
+            backbone=backbone,
+            wide_head=wide_head,
+            num_classes=num_classes,
+        )
+        self.latent_dim = latent_dim
+        self.grid_size = grid_size
+        self.num_classes = num_classes
+        self.has_wide_head = wide_head is not None
+
+        # The last blocks and the final layer belong to the head, or to the backbone of a plain DiT.
+        width, depth, num_heads = backbone
+        last_width, last_depth, last_num_heads = wide_head or (width, 0, num_heads)
+
+        self.pos_embed = nn.Parameter(sincos_2d(width, grid_size)[None])  # (1, N, D)
+        self.x_embedder = TokenEmbedder(latent_dim, last_width)
+        self.t_embedder = TimeEmbedder(width)
+        self.y_embedder = LabelEmbedder(num_classes, width)
+        if self.has_wide_head:
+            self.s_embedder = TokenEmbedder(latent_dim, width)
+            if last_width == width:
+                self.s_projector = nn.Identity()
+            else:
+                self.s_projector = nn.Linear(width, last_width)
+            self.enc_feat_rope = Rope(width // num_heads, grid_size)
+            self.dec_feat_rope = Rope(last_width // last_num_heads, grid_size)
+        else:
+            self.feat_rope = Rope(width // num_heads, grid_size)
+
+        backbone_blocks = [Block(width, num_heads) for _ in range(depth)]
+        head_blocks = [Block(last_width, last_num_heads) for _ in range(last_depth)]
+        self.blocks = nn.ModuleList(backbone_blocks + head_blocks)
+        self.backbone_depth = depth
+        self.final_layer = FinalLayer(last_width, latent_dim)
+        self.checkpoint_activations = False  # True: blocks run again in the backward pass
+        self.initialize()
+
+    def initialize(self):
+        """Start as the released models do: every block is the identity and the velocity is zero."""
+        # The released plain DiT draws all its matrices Xavier-uniform, as the original DiT does. In
+        # DiT^DH only the two embedders are drawn so, and the rest keeps torch's default.
+        for module in self.modules():
+            plain_linear = isinstance(module, nn.Linear) and not self.has_wide_head
+            if isinstance(module, nn.Conv2d) or plain_linear:
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+
+        # Gates of zero close every branch; a last layer of zero predicts the velocity's mean.
+        zeroed = [layer.adaLN_modulation[1] for layer in [*self.blocks, self.final_layer]]
+        for linear in [*zeroed, self.final_layer.linear]:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def run_blocks(self, blocks, x, c, rope):
+        for block in blocks:
+            if self.checkpoint_activations:
+                x = checkpoint(block, x, c, rope, use_reentrant=False)
+            else:
+                x = block(x, c, rope)
+        return x
+
+    def forward(self, x_t, t, y):
+        """x_t (B, N, C), t (B,) after the shift, labels y (B,) -> the velocity v (B, N, C)."""
+        t = self.t_embedder(t)[:, None]  # (B, 1, D)
+        c = t + self.y_embedder(y)[:, None]  # (B, 1, D)
+
+        # Embeddings are made float32 so that the residual stream stays so under autocast: there it
+        # sums up dozens of branches, and bfloat16 would drop the small ones.
+        if not self.has_wide_head:
+            x = self.x_embedder(x_t).float() + self.pos_embed  # (B, N, D)
+            x = self.run_blocks(self.blocks, x, c, self.feat_rope)  # (B, N, D)
+            return self.final_layer(x, c)  # (B, N, C)
+
+        # The backbone: the noisy latent becomes one condition s per token. The SiLU on c acts
+        # besides the one inside every block's modulation: the released DiT^DH was trained with
+        # both.
+        backbone_blocks = self.blocks[: self.backbone_depth]
+        s = self.s_embedder(x_t).float() + self.pos_embed  # (B, N, D)
+        s = self.run_blocks(backbone_blocks, s, F.silu(c), self.enc_feat_rope)  # (B, N, D)
+        s = self.s_projector(F.silu(s + t))  # (B, N, D_head)
+
+        # The head: the noisy latent once more, at full width, becomes the velocity. It needs no
+        # positions of its own, since s, which differs from token to token, carries them.
+        head_blocks = self.blocks[self.backbone_depth :]
+        x = self.x_embedder(x_t).float()  # (B, N, D_head)
+        x = self.run_blocks(head_blocks, x, s, self.dec_feat_rope)  # (B, N, D_head)
+        return self.final_layer(x, s)  # (B, N, C)
+
+
+# ---------------------------------------------------------------------------------------------
+# The flow: x_t = (1 - t) z + t eps runs from data to noise, and v = eps - z is its velocity.
+
+
+def shift_alpha(num_tokens, latent_dim):
+    """The schedule shift alpha = sqrt(N C / 4096) (section 4.2), and 1 where that is smaller.
+
+    The more dimensions an image has, the more noise it takes to hide it. 4,096 is the paper's base.
+    """
+    return max(1.0, math.sqrt(num_tokens * latent_dim / 4096))
+
 
 def shift_time(t, alpha):
-    """t' = alpha t / (1 + (alpha - 1) t), section 4.2; keeps 0 and 1, moves all between towards the noise."""
+    """t' = alpha t / (1 + (alpha - 1) t) (section 4.2): 0 and 1 stay, the rest gets noisier."""
     return alpha * t / (1 + (alpha - 1) * t)
 
+
 def draw_time(u, dist="logit-normal"):
-    """Training times from uniform u (B,), before the shift: logit-normal(0, 1) or uniform, <= 0.999."""
+    """Training times (B,) before the shift, from uniform numbers u (B,).
+
+    "logit-normal" is the sigmoid of a standard normal, as the later release has it, "uniform" the
+    first release's. Both stop at 0.999, as released: at t = 1 the model would see noise alone.
+    """
     if dist == "uniform":
         return 0.999 * u
     return torch.special.ndtri(u).sigmoid().clamp(max=0.999)
 
+
 def time_grid(steps, alpha, t_last=0.0, t_first=1.0):
-    """Times of a sampler of `steps` evaluations: steps + 1 points from t_first to t_last, shifted by alpha.
-    Both are meant before the shift; steps=49, t_last=0.001 is the released code's "50 steps"."""
+    """The sampler's times (steps + 1,), from t_first to t_last, both before the shift by alpha.
+
+    steps counts the model's evaluations. The released "50 steps" are steps=49, t_last=0.001.
+    """
     t = t_first - torch.linspace(0, t_first - t_last, steps + 1, dtype=torch.float64)
     return shift_time(t, alpha).float()
 
+
 def flow_loss(model, z, y, alpha, t=None, noise=None):
-    """Squared error of the velocity, one mean per sample (B,) (appendix J), of latents z (B, N, C), labels y.
-    t (B,), before the shift, and noise (B, N, C) are drawn here unless given."""
-    t = draw_time(torch.rand(len(z), device=z.device)) if t is None else t
-    noise = torch.randn_like(z) if noise is None else noise
+    """Flow matching's squared error (appendix J) of latents z (B, N, C) and labels y (B,), as (B,).
+
+    t (B,), before the shift, and noise (B, N, C) are drawn here unless given.
+    """
+    if t is None:
+        t = draw_time(torch.rand(len(z), device=z.device))
+    if noise is None:
+        noise = torch.randn_like(z)
     t = shift_time(t, alpha)
-    x_t = (1 - t[:, None, None]) * z + t[:, None, None] * noise                       # (B, N, C)
-    v = noise - z                                                                     # (B, N, C)
-    return (model(x_t, t, y).float() - v).square().mean(dim=(1, 2))                   # (B,)
+    x_t = (1 - t[:, None, None]) * z + t[:, None, None] * noise  # (B, N, C)
+    v = noise - z  # (B, N, C)
+    v_hat = model(x_t, t, y).float()  # (B, N, C)
+    return (v_hat - v).square().mean(dim=(1, 2))  # (B,)
+
 
 @torch.no_grad()
-def sample(model, noise, y, grid, cfg=1.0, guide=None, scale=1.0, interval=(0.0, 1.0)):
-    """Euler from noise (B, N, C) at grid[0] to a latent (B, N, C) at grid[-1], under labels y (B,).
-    cfg: v = v_null + cfg (v - v_null). guide, scale: AutoGuidance, v = v_weak + scale (v - v_weak), v_weak
-    from a smaller or less trained model. Either acts for t within interval only (section 5.1, appendix I)."""
-    if cfg != 1 and guide is not None:
-        raise ValueError("cfg and guide exclude each other: leave cfg at 1 or drop the guide")
-    low, high = torch.tensor(interval, dtype=grid.dtype).tolist()                     # rounded like the grid
-    x, null = noise, torch.full_like(y, model.num_classes)
-    for now, after in zip(grid[:-1].tolist(), grid[1:].tolist()):
-        t = torch.full((len(x),), now, device=x.device)
-        guided = low <= now <= high
-        if guided and cfg != 1:
-            v, v_null = model(x.repeat(2, 1, 1), t.repeat(2), torch.cat([y, null])).float().chunk(2)
-            v = v_null + cfg * (v - v_null)
+def sample(
+    model, noise, y, timesteps, cfg_scale=1.0, guide=None, guide_scale=1.0, interval=(0.0, 1.0)
+):
+    """Euler steps along v: noise (B, N, C) at timesteps[0] -> a latent (B, N, C) at timesteps[-1].
+
+    y (B,) are labels. Two kinds of guidance (section 5.1, appendix I) push v away from a worse one,
+    at times within `interval` only:
+        cfg_scale:          v = v_null + cfg_scale (v - v_null), v_null that of the null label
+        guide, guide_scale: v = v_weak + guide_scale (v - v_weak), v_weak that of the model `guide`,
+                            a smaller or less trained one (AutoGuidance)
+    """
+    use_cfg = cfg_scale != 1.0
+    use_guide = guide is not None and guide_scale != 1.0
+    if use_cfg and use_guide:
+        raise ValueError(
+            "cfg_scale and guide exclude each other: leave cfg_scale at 1 or drop the guide"
+        )
+    # The ends of the interval are rounded as the times are, so that a time can be equal to an end.
+    low, high = torch.tensor(interval, dtype=timesteps.dtype).tolist()
+    y_null = torch.full_like(y, model.num_classes)  # (B,)
+
+    x = noise  # (B, N, C)
+    for t_now, t_next in zip(timesteps[:-1].tolist(), timesteps[1:].tolist()):
+        t = torch.full((len(x),), t_now, device=x.device)  # (B,)
+        within = low <= t_now <= high
+        if use_cfg and within:
+            # One call for both velocities is faster than two.
+            both = model(x.repeat(2, 1, 1), t.repeat(2), torch.cat([y, y_null])).float()
+            v, v_null = both.chunk(2)
+            v = v_null + cfg_scale * (v - v_null)
+        elif use_guide and within:
+            v_weak = guide(x, t, y).float()
+            v = v_weak + guide_scale * (model(x, t, y).float() - v_weak)
         else:
-            v = model(x, t, y).float()                                                # (B, N, C)
-            if guided and guide is not None and scale != 1:
-                v_weak = guide(x, t, y).float()
-                v = v_weak + scale * (v - v_weak)
-        x = x + (after - now) * v
+            v = model(x, t, y).float()
+        x = x + (t_next - t_now) * v  # (B, N, C)
     return x
 
-# --------------------------------------------------------------------------------------------------- the file
-def load_released(state_dict_or_path, heads=None, head_depth=2, where="state dict"):
-    """DiTDH or plain DiT from a state dict in the released names, a file of one or a checkpoint of ours, with
-    what else that holds as `about`. Sizes are the shapes', heads (a pair or a number) the tables' or a known
-    width's; of equal widths the head's depth is the file's or head_depth. ValueError names the tensor."""
-    file = state_dict_or_path
-    if not isinstance(file, dict):
-        file, where = torch.load(file, map_location="cpu", weights_only=True), str(file)
-    state = file.get("ema", file)
+
+# ---------------------------------------------------------------------------------------------
+# The file
+
+
+def load_released(x, num_heads=None, where="state dict"):
+    """A DiTDH, plain or with a head, in eval mode from the file or dict x.
+
+    x is a state dict in the released names, or a checkpoint of train_diffusion.py, which nests one
+    under "ema" beside the model's "config". A state dict alone has its sizes in its tensors'
+    shapes, and num_heads (backbone, head) in those of its rotary tables; give it where these are
+    missing. `where` names x in errors: a ValueError says which tensor is missing, misshapen or
+    unexpected.
+    """
+    if not isinstance(x, dict):
+        where = str(x)
+        x = torch.load(x, map_location="cpu", weights_only=True)
+    state = x.get("ema", x)
     if "decoder_embed.weight" in state:
-        raise ValueError(f"{where}: this is an RAE decoder, not a diffusion model; pass it as --decoder")
-    def size(axis, *names):
-        """What most tensors of these names say, so that one wrong tensor is the one that is named."""
-        votes = [v.shape[axis] for k, v in state.items() if k.endswith(names) and v.ndim > max(axis, 0)]
-        if not votes:
-            raise ValueError(f"{where}: not a diffusion model, tensor {names[0]} is missing")
-        return mode(votes)
-    wide = any(key.startswith(("s_embedder.", "s_projector.", "dec_feat_rope.")) for key in state)
-    width = (size(-1, "t_embedder.mlp.2.weight", "embedding_table.weight", "pos_embed"),
-             size(-1, "final_layer.linear.weight", "norm_final.weight", "layer.adaLN_modulation.1.weight"))
-    count = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    depth = count - file.get("config", {}).get("depth", (0, head_depth))[1] * wide
-    if width[0] != width[1]:
-        depth = sum(size(-1, *(f"blocks.{i}.{name}.weight" for name in ("norm1", "norm2", "attn.proj")))
-                    == width[0] for i in range(count))
-    ropes = ("enc_feat_rope", "dec_feat_rope") if wide else ("feat_rope", "feat_rope")
-    tables = any("feat_rope." in key for key in state)
-    if heads is None and tables:
-        dims = [size(1, f"{rope}.freqs_cos", f"{rope}.freqs_sin") for rope in ropes]
-        heads = [None if w % dim else w // dim for w, dim in zip(width, dims)]
-    elif heads is None:
-        heads = [{w: h for w, _, h in SIZES.values()}.get(w) for w in width]
-    heads = (heads, heads) if isinstance(heads, int) else heads
-    if None in heads:
-        raise ValueError(f"{where}: {ropes[0]}.freqs_cos or {ropes[1]}.freqs_cos is missing or does not fit "
-                         f"the widths {width}; pass heads")
-    channels, n = size(0, "final_layer.linear.bias", "final_layer.linear.weight"), size(1, "pos_embed")
-    classes = size(0, "y_embedder.embedding_table.weight") - 1
-    model = DiTDH(channels, math.isqrt(n), width, (depth, count - depth), heads, classes)
-    if not tables:
-        state = state | {k: v for k, v in model.state_dict().items() if "feat_rope." in k}
+        raise ValueError(
+            f"{where}: this is an RAE decoder, not a diffusion model; pass it as --decoder"
+        )
+    try:
+        model = DiTDH(**x.get("config") or released_config(state, num_heads))
+    except KeyError as error:
+        missing = error.args[0]
+        raise ValueError(
+            f"{where}: not a diffusion model, tensor {missing} is missing"
+            + ("; pass num_heads" if "rope" in missing else "")
+        ) from None
+    if num_heads is not None:
+        # Rotary tables follow from the sizes, so a file without them loses nothing.
+        ropes = {key: table for key, table in model.state_dict().items() if "feat_rope." in key}
+        state = ropes | state
     try:
         model.load_state_dict(state)
-    except RuntimeError as e:
-        raise ValueError(f"{where}: {' '.join(str(e).split())}") from None
-    model.about = {k: v for k, v in file.items() if "ema" in file and k not in ("ema", "model", "optimizer")}
+    except RuntimeError as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
     return model.eval()
+
+
+def released_config(state, num_heads=None):
+    """The arguments of DiTDH, each read from one tensor's shape; KeyError names a missing one."""
+    has_wide_head = any(key.startswith("s_embedder.") for key in state)
+    backbone_rope = "enc_feat_rope.freqs_cos" if has_wide_head else "feat_rope.freqs_cos"
+    width = state["pos_embed"].shape[2]
+    last_width = state["final_layer.norm_final.weight"].shape[0]
+    if num_heads is None:
+        # A rotary table is (N, head_dim).
+        num_heads = [width // state[backbone_rope].shape[1]]
+        if has_wide_head:
+            num_heads.append(last_width // state["dec_feat_rope.freqs_cos"].shape[1])
+
+    # Blocks as wide as the backbone are its own. Where the head is not wider, its depth cannot be
+    # seen: every released head has two blocks.
+    num_blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    if not has_wide_head:
+        depth = num_blocks
+    elif last_width == width:
+        depth = num_blocks - 2
+    else:
+        widths = [state[f"blocks.{i}.norm1.weight"].shape[0] for i in range(num_blocks)]
+        depth = widths.count(width)
+
+    wide_head = None
+    if has_wide_head:
+        wide_head = (last_width, num_blocks - depth, num_heads[1])
+    return dict(
+        latent_dim=state["final_layer.linear.bias"].shape[0],
+        grid_size=math.isqrt(state["pos_embed"].shape[1]),
+        backbone=(width, depth, num_heads[0]),
+        wide_head=wide_head,
+        num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
+    )

@@ -1,18 +1,30 @@
 """The score: FID, sFID, Inception score, precision and recall, without TensorFlow (appendix E).
 
-    python fid.py                                                     # out/samples.npz against toy validation
-    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz --metrics fid,sfid,is,pr --weights FILE
-    python fid.py imagenet/val --crop 256 --save val256.npz           # statistics, for later
+    python fid.py                       # out/samples.npz against the toy's validation images
+    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz --metrics fid,sfid,is,pr
+    python fid.py imagenet/val --crop 256 --save val256.npz         # statistics, for later
     torchrun --standalone --nproc_per_node=8 fid.py samples.npz val256.npz
 
-A side is a folder of images, an .npz of images (arr_0, uint8 NHWC) or one of statistics (mu, sigma; for sFID
-mu_s, sigma_s). Papers on ImageNet mean --mode adm: the TensorFlow suite of ADM, its resize included.
+Each side is a folder of images, an .npz of images (arr_0, uint8, (N, H, W, 3)) or an .npz of
+statistics (mu, sigma; for sFID also mu_s, sigma_s). The weights of the network are to be downloaded
+(--weights FILE); without a file the error says from where. Papers on ImageNet mean --mode adm: the
+numbers of ADM's TensorFlow suite, its way of resizing included.
+
+From top to bottom: the network, its input, the images, the scores, the two sides, and the script.
+A score is a function of arrays, since the features of all images are held at once: 50,000 x 2,048
+of them are 0.4 GB.
 """
 
-import argparse, hashlib, json, os, sys, time
-from collections import OrderedDict
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
 from pathlib import Path
+
 import numpy as np
+import scipy.linalg
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -20,355 +32,761 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-FILE = "inception-2015-12-05-6726825d.pth"
-URLS = (f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_{FILE}",
-        f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-{FILE}")
+# The weights of the 2015 Inception, converted from TensorFlow: one file under two addresses.
+WEIGHTS = "inception-2015-12-05-6726825d.pth"
+URLS = (
+    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_{WEIGHTS}",
+    f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-{WEIGHTS}",
+)
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
-# What statistics() gives for each metric; fid's and sfid's are also what a file of statistics holds.
-METRICS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s"), "is": ("is",), "pr": ("pool3",)}
-CHUNK, BLOCK = 5000, 1000                 # images per chunk of the Inception score; distances' rows at once
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # of torchrun
 
-def check(fine, message):
-    """A user's mistake: ValueError with one line."""
-    if not fine:
-        raise ValueError(message)
+# What each metric needs to know of a side. For fid and sfid a file of statistics holds it.
+METRICS = {
+    "fid": ["mu", "sigma"],
+    "sfid": ["mu_s", "sigma_s"],
+    "is": ["is"],
+    "pr": ["pool3"],
+}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
-# ----------------------------------------------------------------------------------------------- the network
-def conv(channels, out, kernel, stride=None):
-    """Convolution, batch norm and ReLU: the same size out as in, or the stride without padding."""
-    size, padding = [int(k) for k in kernel.split("x")], 0 if stride else "same"
-    c = nn.Conv2d(channels, int(out), size, int(stride or 1), padding, bias=False)
-    return nn.Sequential(OrderedDict(conv=c, bn=nn.BatchNorm2d(int(out), eps=1e-3), relu=nn.ReLU()))
+# Set by torchrun; a process of its own is the first of one.
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
-class Mixed(nn.Module):
-    """Convolutions as chains "SOURCE NAME channels:kernel ..."; where a chain has several, they are numbered.
-    A source is x, the pool of x, or a convolution. Whatever is nothing's source is concatenated."""
-    def __init__(self, channels, pool, chains):
-        super().__init__()
-        self.pool, self.sources, width = pool, {}, {"x": channels, "pool": channels}
-        for source, chain, *steps in map(str.split, chains.split(", ")):
-            for i, step in enumerate(steps, 1):
-                name = f"{chain}_{i}" if len(steps) > 1 else chain
-                out, *kernel = step.split(":")
-                self.add_module(name, conv(width[source], out, *kernel))
-                self.sources[name], width[name], source = source, int(out), name
-    def forward(self, x):
-        y = {"x": x, "pool": self.pool(x)}
-        for name, source in self.sources.items():
-            y[name] = getattr(self, name)(y[source])
-        ends = [name for name in (*self.sources, "pool") if name not in self.sources.values()]
-        return torch.cat([y[name] for name in ends], 1)
-
-class InceptionV3(nn.Module):
-    """The 2015 Inception of FID: images (B, 3, 299, 299) in about [-1, 1] -> pool3 features (B, 2048)."""
-    def __init__(self):
-        super().__init__()
-        average, largest = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 1, 1)
-        self.halve = nn.MaxPool2d(3, 2)
-        five = ("x branch1x1 64:1x1, x branch5x5 48:1x1 64:5x5, x branch3x3dbl 64:1x1 96:3x3 96:3x3, "
-                "pool branch_pool {}:1x1")
-        six = ("x branch1x1 192:1x1, x branch7x7 {0}:1x1 {0}:1x7 192:7x1, "
-               "x branch7x7dbl {0}:1x1 {0}:7x1 {0}:1x7 {0}:7x1 192:1x7, pool branch_pool 192:1x1")
-        seven = ("x branch1x1 320:1x1, x branch3x3_1 384:1x1, branch3x3_1 branch3x3_2a 384:1x3, branch3x3_1 "
-                 "branch3x3_2b 384:3x1, x branch3x3dbl 448:1x1 384:3x3, branch3x3dbl_2 branch3x3dbl_3a "
-                 "384:1x3, branch3x3dbl_2 branch3x3dbl_3b 384:3x1, pool branch_pool 192:1x1")
-        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = conv(3, 32, "3x3", 2), conv(32, 32, "3x3", 1)
-        self.Conv2d_2b_3x3, self.Conv2d_3b_1x1 = conv(32, 64, "3x3"), conv(64, 80, "1x1")
-        self.Conv2d_4a_3x3 = conv(80, 192, "3x3", 1)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = (
-            Mixed(c, average, five.format(out)) for c, out in ((192, 32), (256, 64), (288, 64)))
-        self.Mixed_6a = Mixed(288, self.halve, "x branch3x3 384:3x3:2, x branch3x3dbl 64:1x1 96:3x3 96:3x3:2")
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (
-            Mixed(768, average, six.format(c)) for c in (128, 160, 160, 192))
-        self.Mixed_7a = Mixed(768, self.halve, "x branch3x3 192:1x1 320:3x3:2, "
-                              "x branch7x7x3 192:1x1 192:1x7 192:7x1 192:3x3:2")
-        self.Mixed_7b, self.Mixed_7c = Mixed(1280, average, seven), Mixed(2048, largest, seven)
-        self.fc = nn.Linear(2048, 1008)
-    def features(self, x):
-        """pool3 (B, 2048) and spatial (B, 2023): the first 7 channels of Mixed_6d, in H, W, C order."""
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))             # (B, 64, 147, 147)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.halve(x)))                     # (B, 192, 71, 71)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self.halve(x))))                # (B, 288, 35, 35)
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))             # (B, 768, 17, 17)
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                             # (B, 2023)
-        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x)))).mean((2, 3)), spatial
-    def forward(self, x):
-        return self.features(x)[0]
-    def logits(self, pool3):
-        """Class scores (B, 1008) without the bias, as the Inception score wants them."""
-        return pool3 @ self.fc.weight.T
-
-def resize_adm(x, size=299):
-    """TensorFlow 1's bilinear resize of float images (B, 3, H, W): corners not centred, no antialias."""
-    for _ in range(2):                                 # the columns, then, transposed, the rows
-        n = x.shape[3]
-        at = torch.arange(size, dtype=torch.float32, device=x.device) * torch.tensor(n / size)
-        left = at.long()
-        a, b = x[..., left], x[..., (left + 1).clamp(max=n - 1)]
-        x = (a + (b - a) * (at - left)).mT                             # (B, 3, 299, H), then (B, 3, 299, 299)
-    return x.contiguous()
-
-def prepare(images, mode):
-    """Pixels of 0 to 255, (B, 3, H, W) or a list of unequal (3, H, W) -> (B, 3, 299, 299) for the network."""
-    if isinstance(images, list):
-        return torch.cat([prepare(image[None], mode) for image in images])
-    if mode == "adm":
-        return (resize_adm(images.float()) - 128) / 128
-    return 2 * F.interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False) - 1
-
-def load_inception(path, device, mode="adm"):
-    """(network, its features of images as of `prepare`, label) from the published weights file."""
-    path = Path(path or f"{torch.hub.get_dir()}/checkpoints/pt_{FILE}")                 # pytorch-fid's place
-    check(path.is_file(), f"FID needs the Inception weights: download {' or '.join(URLS)} (sha256 "
-          f"{SHA256}), pass the file (--weights, in training --inception) or --features encoder:NAME")
-    sha = hashlib.sha256(path.read_bytes()).hexdigest()
-    if sha != SHA256:
-        warn(f"{path} is not the published file (sha256 {sha[:8]}, not {SHA256[:8]})")
-    net = InceptionV3().to(device).eval().requires_grad_(False)
-    try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as e:                             # torch raises several kinds for a broken or other file
-        raise ValueError(f"{path}: not the Inception weights ({' '.join(str(e).split())[:120]})") from None
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)                # float32, all of it
-    return net, exact(lambda images: net.features(prepare(images, mode))), f"{mode}, inception {sha[:8]}"
-
-def load_encoder(features, size, device):
-    """The same of "encoder:NAME" of rae.py: its tokens, averaged over the image of `size` pixels."""
-    kind, _, name = features.partition(":")
-    check(kind == "encoder", f"--features {features}: wants inception or encoder:NAME")
-    check(size.isdigit(), f"--features {features} wants square images of one size; pass --crop")
-    from rae import build_encoder
-    encoder = build_encoder(name, int(size)).to(device)
-    return None, lambda x: (encoder(x.float() / 255).mean(1),), f"encoder {name} {encoder.fingerprint[:8]}"
 
 def warn(text):
     if RANK == 0:
         print(f"warning: {text}", file=sys.stderr)
 
-# ------------------------------------------------------------------------------------------------- the images
+
+# ---------------------------------------------------------------------------------------------
+# The network
+#
+# The names of the layers are torchvision's, since the published weights use them, but the network
+# is not quite torchvision's: FID is defined by a TensorFlow graph of 2015, whose pools differ. Its
+# average pools divide by the number of pixels that the window covers, fewer than nine at the
+# border, and in its last block a maximum stands where the others have an average. Torchvision's
+# network would give other numbers than everybody's, and so would its weights, which come from
+# another training.
+
+
+def average_pool(x):
+    """The mean of each 3 x 3 neighbourhood, which at the border is smaller: padding is left out."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def max_pool(x):
+    """The largest of each 3 x 3 neighbourhood."""
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+def halve(x):
+    """The largest of every other 3 x 3 neighbourhood: (B, C, H, W) to about half of H and W."""
+    return F.max_pool2d(x, 3, stride=2)
+
+
+class ConvBNReLU(nn.Module):
+    """Convolution without bias, batch norm, ReLU: (B, in_channels, ...) -> (B, out_channels, ...).
+
+    kernel_size and padding are one number, or two: for the rows and for the columns.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class InceptionA(nn.Module):
+    """Mixed_5b to 5d, at 35 x 35: C channels -> 224 + pool_channels."""
+
+    def __init__(self, channels, pool_channels):
+        super().__init__()
+        self.branch1x1 = ConvBNReLU(channels, 64, 1)
+        self.branch5x5_1 = ConvBNReLU(channels, 48, 1)
+        self.branch5x5_2 = ConvBNReLU(48, 64, 5, padding=2)
+        self.branch3x3dbl_1 = ConvBNReLU(channels, 64, 1)
+        self.branch3x3dbl_2 = ConvBNReLU(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = ConvBNReLU(96, 96, 3, padding=1)
+        self.branch_pool = ConvBNReLU(channels, pool_channels, 1)
+
+    def forward(self, x):
+        one = self.branch1x1(x)  # (B, 64, 35, 35)
+        five = self.branch5x5_2(self.branch5x5_1(x))  # (B, 64, 35, 35)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))  # (B, 96, 35, 35)
+        double = self.branch3x3dbl_3(double)  # (B, 96, 35, 35)
+        pool = self.branch_pool(average_pool(x))  # (B, pool_channels, 35, 35)
+        return torch.cat([one, five, double, pool], dim=1)
+
+
+class InceptionB(nn.Module):
+    """Mixed_6a, from 35 x 35 to 17 x 17: 288 channels -> 768."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.branch3x3 = ConvBNReLU(channels, 384, 3, stride=2)
+        self.branch3x3dbl_1 = ConvBNReLU(channels, 64, 1)
+        self.branch3x3dbl_2 = ConvBNReLU(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = ConvBNReLU(96, 96, 3, stride=2)
+
+    def forward(self, x):
+        three = self.branch3x3(x)  # (B, 384, 17, 17)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))  # (B, 96, 35, 35)
+        double = self.branch3x3dbl_3(double)  # (B, 96, 17, 17)
+        pool = halve(x)  # (B, 288, 17, 17)
+        return torch.cat([three, double, pool], dim=1)
+
+
+class InceptionC(nn.Module):
+    """Mixed_6b to 6e, at 17 x 17: 768 channels -> 768, by way of `width`.
+
+    A 7 x 7 convolution is made of one along the rows, (1, 7), and one along the columns, (7, 1).
+    """
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.branch1x1 = ConvBNReLU(channels, 192, 1)
+        self.branch7x7_1 = ConvBNReLU(channels, width, 1)
+        self.branch7x7_2 = ConvBNReLU(width, width, (1, 7), padding=(0, 3))
+        self.branch7x7_3 = ConvBNReLU(width, 192, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_1 = ConvBNReLU(channels, width, 1)
+        self.branch7x7dbl_2 = ConvBNReLU(width, width, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_3 = ConvBNReLU(width, width, (1, 7), padding=(0, 3))
+        self.branch7x7dbl_4 = ConvBNReLU(width, width, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_5 = ConvBNReLU(width, 192, (1, 7), padding=(0, 3))
+        self.branch_pool = ConvBNReLU(channels, 192, 1)
+
+    def forward(self, x):
+        one = self.branch1x1(x)  # (B, 192, 17, 17)
+        seven = self.branch7x7_2(self.branch7x7_1(x))  # (B, width, 17, 17)
+        seven = self.branch7x7_3(seven)  # (B, 192, 17, 17)
+        double = self.branch7x7dbl_2(self.branch7x7dbl_1(x))  # (B, width, 17, 17)
+        double = self.branch7x7dbl_4(self.branch7x7dbl_3(double))  # (B, width, 17, 17)
+        double = self.branch7x7dbl_5(double)  # (B, 192, 17, 17)
+        pool = self.branch_pool(average_pool(x))  # (B, 192, 17, 17)
+        return torch.cat([one, seven, double, pool], dim=1)
+
+
+class InceptionD(nn.Module):
+    """Mixed_7a, from 17 x 17 to 8 x 8: 768 channels -> 1280."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.branch3x3_1 = ConvBNReLU(channels, 192, 1)
+        self.branch3x3_2 = ConvBNReLU(192, 320, 3, stride=2)
+        self.branch7x7x3_1 = ConvBNReLU(channels, 192, 1)
+        self.branch7x7x3_2 = ConvBNReLU(192, 192, (1, 7), padding=(0, 3))
+        self.branch7x7x3_3 = ConvBNReLU(192, 192, (7, 1), padding=(3, 0))
+        self.branch7x7x3_4 = ConvBNReLU(192, 192, 3, stride=2)
+
+    def forward(self, x):
+        three = self.branch3x3_2(self.branch3x3_1(x))  # (B, 320, 8, 8)
+        seven = self.branch7x7x3_2(self.branch7x7x3_1(x))  # (B, 192, 17, 17)
+        seven = self.branch7x7x3_4(self.branch7x7x3_3(seven))  # (B, 192, 8, 8)
+        pool = halve(x)  # (B, 768, 8, 8)
+        return torch.cat([three, seven, pool], dim=1)
+
+
+class InceptionE(nn.Module):
+    """Mixed_7b and 7c, at 8 x 8: C channels -> 2048. The two differ in their pool."""
+
+    def __init__(self, channels, pool):
+        super().__init__()
+        self.pool = pool
+        self.branch1x1 = ConvBNReLU(channels, 320, 1)
+        self.branch3x3_1 = ConvBNReLU(channels, 384, 1)
+        self.branch3x3_2a = ConvBNReLU(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3_2b = ConvBNReLU(384, 384, (3, 1), padding=(1, 0))
+        self.branch3x3dbl_1 = ConvBNReLU(channels, 448, 1)
+        self.branch3x3dbl_2 = ConvBNReLU(448, 384, 3, padding=1)
+        self.branch3x3dbl_3a = ConvBNReLU(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3dbl_3b = ConvBNReLU(384, 384, (3, 1), padding=(1, 0))
+        self.branch_pool = ConvBNReLU(channels, 192, 1)
+
+    def forward(self, x):
+        one = self.branch1x1(x)  # (B, 320, 8, 8)
+        three = self.branch3x3_1(x)  # (B, 384, 8, 8)
+        three_a = self.branch3x3_2a(three)  # (B, 384, 8, 8)
+        three_b = self.branch3x3_2b(three)  # (B, 384, 8, 8)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))  # (B, 384, 8, 8)
+        double_a = self.branch3x3dbl_3a(double)  # (B, 384, 8, 8)
+        double_b = self.branch3x3dbl_3b(double)  # (B, 384, 8, 8)
+        pool = self.branch_pool(self.pool(x))  # (B, 192, 8, 8)
+        return torch.cat([one, three_a, three_b, double_a, double_b, pool], dim=1)
+
+
+class InceptionV3(nn.Module):
+    """The Inception of FID: images (B, 3, 299, 299) in about [-1, 1] -> features of two kinds.
+
+    pool3 (B, 2048) is the last layer's mean over the image, for FID. spatial (B, 2023) says where
+    things are, for sFID: the first 7 channels at 17 x 17, which Nash et al. (2021) chose because
+    that makes about as many numbers.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvBNReLU(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = ConvBNReLU(32, 32, 3)
+        self.Conv2d_2b_3x3 = ConvBNReLU(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = ConvBNReLU(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvBNReLU(80, 192, 3)
+        self.Mixed_5b = InceptionA(192, pool_channels=32)
+        self.Mixed_5c = InceptionA(256, pool_channels=64)
+        self.Mixed_5d = InceptionA(288, pool_channels=64)
+        self.Mixed_6a = InceptionB(288)
+        self.Mixed_6b = InceptionC(768, width=128)
+        self.Mixed_6c = InceptionC(768, width=160)
+        self.Mixed_6d = InceptionC(768, width=160)
+        self.Mixed_6e = InceptionC(768, width=192)
+        self.Mixed_7a = InceptionD(768)
+        self.Mixed_7b = InceptionE(1280, average_pool)
+        self.Mixed_7c = InceptionE(2048, max_pool)
+        self.fc = nn.Linear(2048, 1008)
+
+    def forward(self, x):
+        x = self.Conv2d_1a_3x3(x)  # (B, 32, 149, 149)
+        x = self.Conv2d_2a_3x3(x)  # (B, 32, 147, 147)
+        x = self.Conv2d_2b_3x3(x)  # (B, 64, 147, 147)
+        x = halve(x)  # (B, 64, 73, 73)
+        x = self.Conv2d_3b_1x1(x)  # (B, 80, 73, 73)
+        x = self.Conv2d_4a_3x3(x)  # (B, 192, 71, 71)
+        x = halve(x)  # (B, 192, 35, 35)
+        x = self.Mixed_5b(x)  # (B, 256, 35, 35)
+        x = self.Mixed_5c(x)  # (B, 288, 35, 35)
+        x = self.Mixed_5d(x)  # (B, 288, 35, 35)
+        x = self.Mixed_6a(x)  # (B, 768, 17, 17)
+        x = self.Mixed_6b(x)  # (B, 768, 17, 17)
+        x = self.Mixed_6c(x)  # (B, 768, 17, 17)
+        x = self.Mixed_6d(x)  # (B, 768, 17, 17)
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7), TensorFlow's order
+        x = self.Mixed_6e(x)  # (B, 768, 17, 17)
+        x = self.Mixed_7a(x)  # (B, 1280, 8, 8)
+        x = self.Mixed_7b(x)  # (B, 2048, 8, 8)
+        x = self.Mixed_7c(x)  # (B, 2048, 8, 8)
+        pool3 = x.mean(dim=(2, 3))  # (B, 2048)
+        return pool3, spatial
+
+    def logits(self, pool3):
+        """Class scores (B, 1008). ADM's suite leaves out the bias, and so do we."""
+        return pool3 @ self.fc.weight.T
+
+
+# ---------------------------------------------------------------------------------------------
+# From images to features
+
+
+def resize_last(x, size):
+    """Interpolate the last dimension linearly, as TensorFlow 1 does: (..., n) -> (..., size).
+
+    Number i of the output is read at i n / size of the input. Newer code reads it at
+    (i + 1/2) n / size - 1/2, which does not shift the picture; that alone changes FID.
+    """
+    n = x.shape[-1]
+    scale = torch.tensor(n / size)  # in float32, as TensorFlow has it
+    position = torch.arange(size, dtype=torch.float32, device=x.device) * scale
+    left = position.long()
+    right = (left + 1).clamp(max=n - 1)
+    return x[..., left] + (x[..., right] - x[..., left]) * (position - left)
+
+
+def resize_adm(x, size=299):
+    """TensorFlow 1's bilinear resize, without antialiasing: (B, 3, H, W) -> (B, 3, size, size)."""
+    x = resize_last(x, size)  # (B, 3, H, size)
+    x = resize_last(x.transpose(2, 3), size)  # (B, 3, size, size), transposed
+    return x.transpose(2, 3).contiguous()
+
+
+def prepare(images, mode):
+    """Images with pixels of 0 to 255 as the network wants them, (B, 3, 299, 299).
+
+    images is (B, 3, H, W), or a list of (3, H, W) that differ in size. The modes are those of ADM's
+    suite and of the package pytorch-fid: both widespread, and not to be mixed.
+    """
+    if isinstance(images, list):  # only after the resize can they be one batch
+        return torch.cat([prepare(image[None], mode) for image in images])
+    if mode == "adm":
+        return (resize_adm(images.float()) - 128) / 128
+    x = F.interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False)
+    return 2 * x - 1
+
+
+def load_inception(path, device, mode="adm"):
+    """The network of the published weights file, a function that extracts features, and a label.
+
+    The function takes images on the device, as `prepare` does, to pool3 (B, 2048) and spatial
+    (B, 2023). The label says what features these are: only those of equal labels may be compared.
+    Without a path the file is looked for where pytorch-fid puts it.
+    """
+    path = Path(path or f"{torch.hub.get_dir()}/checkpoints/pt_{WEIGHTS}")
+    if not path.is_file():
+        raise ValueError(
+            f"FID needs the Inception weights: download {' or '.join(URLS)} (sha256 {SHA256}), "
+            "pass the file (--weights, in training --inception) or --features encoder:NAME"
+        )
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha != SHA256:
+        warn(f"{path} is not the published file (sha256 {sha[:8]}, not {SHA256[:8]})")
+    network = InceptionV3().to(device).eval().requires_grad_(False)
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises several kinds for a broken or another file
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path}: not the Inception weights ({reason})") from None
+
+    def extract(images):
+        # All in float32: neither the TF32 that cuDNN likes nor a caller's autocast.
+        x = prepare(images, mode)
+        tf32_off = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        autocast_off = torch.autocast(x.device.type, enabled=False)
+        with torch.no_grad(), tf32_off, autocast_off:
+            return network(x)
+
+    return network, extract, f"{mode}, inception {sha[:8]}"
+
+
+def load_encoder(name, image_size, device):
+    """An encoder of rae.py instead: a function that extracts its features, and their label.
+
+    The features are the mean of the tokens (B, C); there are no spatial ones. The toy encoder needs
+    no download, but a distance in its features is a number of its own, not FID.
+    """
+    from rae import build_encoder
+
+    encoder = build_encoder(name, image_size).to(device)
+
+    def extract(images):
+        if isinstance(images, list):
+            raise ValueError(f"encoder:{name} wants images of one size; pass --crop")
+        with torch.no_grad():
+            tokens = encoder(images.float() / 255)  # (B, N, C)
+        return tokens.mean(dim=1), None
+
+    return extract, f"encoder {name} {encoder.fingerprint()[:8]}"
+
+
+# ---------------------------------------------------------------------------------------------
+# The images
+
+
 class Images:
-    """Images of a folder (recursive, sorted), an .npz or the toy; crop: side of ADM's crop, or None."""
-    def __init__(self, source, crop=None):
-        self.source, self.crop, path = str(source), crop, Path(source)
-        if source == "toy":
+    """The first `num` images (0 for all) of a folder, an .npz, or the toy's validation images.
+
+    A folder is read with its subfolders, in the order of the paths. crop is the side of ADM's
+    centre crop, or None for the images as they are. size is that of the first ones: a number if
+    square, else such as "40x32", or "mixed".
+    """
+
+    def __init__(self, source, crop=None, num=0):
+        self.source = str(source)
+        self.crop = crop
+        path = Path(source)
+        if self.source == "toy":
             from assets.toy_world import ToyShapes
-            self.items = ToyShapes("val").images.transpose(0, 2, 3, 1)
+
+            items = ToyShapes("val").images.transpose(0, 2, 3, 1)
         elif path.is_dir():
-            self.items = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
-            self.jpeg = any(f.suffix.lower() in (".jpg", ".jpeg") for f in self.items)
+            items = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
         else:
-            self.items = read_npz(path, "arr_0").get("arr_0", np.empty(0))
-            check(self.items.dtype == np.uint8 and self.items.shape[3:] == (3,),
-                  f"{source}: wants arr_0 of uint8 (N, H, W, 3)")
-        check(len(self) > 1, f"{source}: {len(self)} images; a distance needs two at least")
-        sizes = {self.read(i).shape[1:] for i in range(min(len(self), 64))}
+            items = read_npz(path, ["arr_0"]).get("arr_0")
+            if items is None or items.dtype != np.uint8 or items.shape[3:] != (3,):
+                raise ValueError(f"{source}: wants arr_0 of uint8 (N, H, W, 3)")
+        self.items = items[:num] if num > 0 else items
+        if len(self) < 2:
+            raise ValueError(f"{source}: {len(self)} images; a distance needs two at least")
+
+        sizes = {self.load(i).shape[1:] for i in range(min(len(self), 64))}
         height, width = sizes.pop()
-        self.size = "mixed" if sizes else width if height == width else f"{width}x{height}"
+        if sizes:
+            self.size = "mixed"
+        elif height == width:
+            self.size = width
+        else:
+            self.size = f"{width}x{height}"
+
     def __len__(self):
         return len(self.items)
-    def read(self, i):
-        """(3, H, W) uint8."""
+
+    def load(self, i):
+        """Image number i, (3, H, W) uint8."""
         image = self.items[i]
         if isinstance(image, Path):
             try:
                 image = Image.open(image).convert("RGB")
-            except Exception as e:                     # PIL raises half a dozen kinds for broken files
-                raise ValueError(f"{image}: cannot be read as an image ({e})") from None
+            except Exception as error:  # PIL raises half a dozen kinds for a broken file
+                raise ValueError(f"{image}: cannot be read as an image ({error})") from None
         if self.crop:
             from rae import center_crop
-            image = center_crop(Image.fromarray(np.asarray(image)), self.crop)
-        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
-    def batches(self, num, size, rank, world):
-        """(number of the first image, (b, 3, H, W) or a list): every world-th batch from number rank on."""
-        for first in range(rank * size, num, world * size):
-            batch = [self.read(i) for i in range(first, min(first + size, num))]
-            yield first, torch.stack(batch) if len({x.shape for x in batch}) == 1 else batch
 
-def read_npz(path, *keys):
-    """Those of the named arrays that an .npz has; the others, which may be large, are not read."""
-    check(path.is_file(), f"{path}: no such file or folder; run sample.py first, or name both sides")
+            image = center_crop(Image.fromarray(np.asarray(image)), self.crop)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def batch(self, first, last, device):
+        """Images number first to last - 1: (b, 3, H, W), or a list if they differ in size."""
+        images = [self.load(i).to(device) for i in range(first, last)]
+        shapes = {image.shape for image in images}
+        if len(shapes) == 1:
+            return torch.stack(images)
+        return images
+
+    def has_jpeg(self):
+        suffixes = {f.suffix.lower() for f in self.items if isinstance(f, Path)}
+        return ".jpg" in suffixes or ".jpeg" in suffixes
+
+
+def read_npz(path, names):
+    """Those of the named arrays that an .npz has, as a dict. Others, maybe large, stay unread."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file or folder; run sample.py first, or name both sides")
+    arrays = {}
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {k: file[k] for k in keys if k in file.files}
-    except Exception as e:                             # numpy raises half a dozen kinds for other files
-        raise ValueError(f"{path}: not an .npz of arrays ({type(e).__name__})") from None
-    for key, array in arrays.items():
-        check(array.dtype.kind != "f" or np.isfinite(array).all(), f"{path}: {key} is not finite throughout")
+            for name in names:
+                if name in file.files:
+                    arrays[name] = file[name]
+    except Exception as error:  # numpy raises half a dozen kinds for other files
+        raise ValueError(f"{path}: not an .npz of arrays ({type(error).__name__})") from None
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{path}: {name} is not finite throughout")
     return arrays
 
-# ------------------------------------------------------------------------------------------------ the numbers
-class Moments:
-    """Mean (D,) and unbiased covariance (D, D) of features (B, D) that come in batches; float64 sums."""
-    n = total = outer = 0
-    def add(self, features):
-        f = features.cpu().double()
-        self.n += len(f)
-        self.total += f.sum(0)
-        self.outer += f.T @ f
-    def result(self):
-        mu = self.total / self.n
-        return mu.numpy(), ((self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)).numpy()
 
-def gathered(x):
-    """x of every process, by rank, on the first; the others, which have no use for it, see only their own."""
-    parts = [x] * WORLD
-    if WORLD > 1:
-        dist.gather_object(x, parts if RANK == 0 else None)
-    return parts
+# ---------------------------------------------------------------------------------------------
+# The scores
 
-def statistics(images, features, num, batch, device, net=None, metrics=("fid",)):
-    """What the metrics need of the first num images: mu, sigma, mu_s, sigma_s, is, pool3 (num, 2048). Batches
-    go to the processes in turn, the same for any number of them; all but pool3 is summed as they come."""
-    moments = {m: Moments() for m in ("fid", "sfid") if m in metrics}
-    chunks = torch.zeros(-(-num // CHUNK), 1009, dtype=torch.float64)     # sums of p, and of its entropy
-    rows = torch.empty(-(-num // (batch * WORLD)) if "pr" in metrics else 0, batch, 2048)
-    for first, x in tqdm(images.batches(num, batch, RANK, WORLD), desc=images.source, unit="image",
-                         unit_scale=batch * WORLD, disable=RANK > 0 or None):
-        f = features([i.to(device) for i in x] if isinstance(x, list) else x.to(device))
-        for m, y in zip(("fid", "sfid"), f):           # pool3 (b, 2048), spatial (b, 2023)
-            if m in metrics:
-                moments[m].add(y)
-        if "is" in metrics:
-            p = net.logits(f[0]).cpu().double().softmax(1)                            # (b, 1008)
-            p = torch.cat([p, torch.special.entr(p).sum(1, keepdim=True)], 1)
-            chunks.index_add_(0, torch.arange(first, first + len(p)) // CHUNK, p)
-        if "pr" in metrics:
-            rows[first // (batch * WORLD), :len(f[0])] = f[0].cpu()
-    result = {}
-    for m, sums in moments.items():                    # of all processes
-        sums.n, sums.total, sums.outer = map(sum, zip(*gathered((sums.n, sums.total, sums.outer))))
-        result |= dict(zip(METRICS[m], sums.result()))
-    if "is" in metrics:
-        result["is"] = inception_score(sum(gathered(chunks)), num)
-    if "pr" in metrics:                                # batch i is process i % WORLD's
-        rows = torch.stack(gathered(rows), 1) if WORLD > 1 else rows
-        result["pool3"] = rows.view(-1, 2048)[:num]
-    return result
+
+def mean_and_covariance(features):
+    """Mean (D,) and unbiased covariance (D, D), in float64, of features (n, D) on the CPU."""
+    features = np.asarray(features)
+    n, width = features.shape
+    mean = features.mean(axis=0, dtype=np.float64)  # (D,)
+    covariance = np.zeros((width, width))
+    for start in range(0, n, 1000):  # some at a time: float64 of them all would be 0.8 GB
+        centred = features[start : start + 1000] - mean  # (b, D)
+        covariance += centred.T @ centred
+    return mean, covariance / (n - 1)
+
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 sqrt(sigma1 sigma2)) of float64 arrays (D,), (D, D)."""
-    mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
-    root = np.sqrt(np.linalg.eigvals(sigma1 @ sigma2).astype(np.complex128)).real.sum()
-    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root)
+    """The squared Frechet distance of two Gaussians with means (D,) and covariances (D, D).
 
-def inception_score(chunks, num):
-    """exp(H(p(y)) - H(p(y|x))), averaged over chunks of 5,000 images; the sums are those of `statistics`."""
-    n = torch.tensor([min(CHUNK, num - CHUNK * i) for i in range(len(chunks))], dtype=torch.float64)
-    mean = chunks / n[:, None]
-    return (torch.special.entr(mean[:, :-1]).sum(1) - mean[:, -1]).exp().mean().item()
+    |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 sqrt(sigma1 sigma2)): FID, if they are of pool3 features
+    (Heusel et al. 2017), and sFID, if of spatial ones (Nash et al. 2021).
+    """
+    # Only the trace of the matrix square root is wanted: the sum of the square roots of the
+    # eigenvalues. scipy's sqrtm computes the whole matrix, which is slow, and gives a complex one
+    # where the product is singular, that is, with fewer images than features. eigh of the product
+    # in a symmetric form is off by 1e-4 there. The true eigenvalues are real and not negative. One
+    # that rounding made a little negative has an imaginary root, whose real part, 0, is counted.
+    eigenvalues = scipy.linalg.eigvals(sigma1 @ sigma2)
+    trace_of_root = np.sqrt(eigenvalues).real.sum()
+    difference = mu1 - mu2
+    return float(difference @ difference + np.trace(sigma1 + sigma2) - 2 * trace_of_root)
 
-def precision_recall(samples, references):
-    """Share of samples inside some reference's ball, and of references inside some sample's; rows (n, D).
-    A ball reaches to its centre's third neighbour in its own set (Kynkaanniemi et al. 2019)."""
-    def distances(x, y):                               # in float64, since most digits cancel
-        for i in range(0, len(x), BLOCK):
-            for j in range(0, len(y), BLOCK):
-                d = torch.cdist(x[i:i + BLOCK].double(), y[j:j + BLOCK].double())
-                yield slice(i, i + BLOCK), slice(j, j + BLOCK), d
-    def radii(x):                                      # the nearest of four is the image itself
-        nearest = x.new_full((len(x), 4), float("inf"), dtype=torch.float64)
-        for i, _, d in distances(x, x):
-            nearest[i] = torch.cat([nearest[i], d], 1).topk(4, largest=False).values
-        return nearest[:, min(3, len(x) - 1)]
-    of_sample, of_reference = radii(samples), radii(references)
-    precise, recalled = (torch.zeros_like(r, dtype=torch.bool) for r in (of_sample, of_reference))
-    for i, j, d in distances(samples, references):
-        precise[i] |= (d <= of_reference[j]).any(1)
-        recalled[j] |= (d <= of_sample[i, None]).any(0)
-    return precise.double().mean().item(), recalled.double().mean().item()
 
-def open_side(source, metrics, crop, num):
-    """One side of a score, a dict: the numbers that its file holds, and images for the metrics it lacks."""
-    side = dict(source=source, images=None, n=0, size="?")
-    if str(source).endswith(".npz"):
-        side |= read_npz(Path(source), "mu", "sigma", "mu_s", "sigma_s", "label", "size", "n")
-    side["lacks"] = [m for m in metrics if set(METRICS[m]) - side.keys()]
-    if side["lacks"]:
-        side["images"] = images = Images(source, crop) if isinstance(source, str) else source
-        side |= dict(n=min(num or len(images), len(images)), size=images.size)
-    return side
+def inception_score(logits):
+    """The Inception score (Salimans et al. 2016) from the class scores (n, 1008) of all images.
 
-def score(samples, reference, features=None, metrics=("fid",), mode="adm", weights=None, num=0, batch=64,
-          crop=None, device="cpu"):
-    """The metrics of samples against a reference, each a path or an object like Images, and what they were
-    made of, in a dict; without a reference, and on processes but the first, the samples' statistics."""
-    features = features or ("encoder:toy" if reference == "toy" and not weights else "inception")
-    check(features == "inception" or list(metrics) == ["fid"],
-          f"--metrics {','.join(metrics)}: only fid's distance is there for --features {features}")
-    began, a = time.time(), open_side(samples, metrics, crop, num)
-    b = open_side(reference, [m for m in metrics if m != "is"] if reference else [], crop, num)
-    if reference and getattr(a["images"], "jpeg", False):
-        warn(f"{samples} holds JPEG images; their losses alone raise FID by several points")
-    sizes = sorted({str(side["size"]) for side in (a, b)} - {"?"})
-    check(len(sizes) < 2, f"{samples} and {reference} have {' and '.join(sizes)} px; pass --crop or the "
-          "statistics of the same crop")
-    net, extract, label = (load_inception(weights, device, mode) if features == "inception" else
-                           load_encoder(features, "".join(sizes), device))
-    for side in (a, b):
-        source, made = side["source"], str(side.get("label", label))
-        check(made == label, f"{source}: statistics of ({made}), not of ({label}); make new ones")
-        if "mu" in side and "label" not in side:
-            warn(f"{source} does not say of which mode and weights its statistics are; taken for {label}")
-        if side["lacks"]:
-            side |= statistics(side["images"], extract, side["n"], batch, device, net, side["lacks"])
-    if reference is None or RANK > 0:
-        return {k: a[k] for m in metrics for k in METRICS[m]} | dict(n=a["n"], size=a["size"], label=label)
-    out, rate = {}, sum(side["n"] for side in (a, b) if side["lacks"]) / (time.time() - began)
-    for m, name in (("fid", "FID" if net else "Frechet distance"), ("sfid", "sFID")):
-        if m in metrics:
-            out[name] = frechet_distance(*(side[key] for side in (a, b) for key in METRICS[m]))
+    exp(H(p(y)) - mean H(p(y | x))): high if each image is clearly of one class, and all classes
+    occur. It is averaged over chunks of 5,000 images in the order of the file: samples that are
+    sorted by class give another, lower number.
+    """
+    scores = []
+    for chunk in torch.as_tensor(logits).split(5000):
+        p = chunk.double().softmax(dim=1)  # p(y | x), (5000, 1008)
+        entropy_of_mean = torch.special.entr(p.mean(dim=0)).sum()
+        mean_of_entropy = torch.special.entr(p).sum(dim=1).mean()
+        scores.append((entropy_of_mean - mean_of_entropy).exp())
+    return torch.stack(scores).mean().item()
+
+
+# Features whose distances are computed at once. 50,000 distances of each are 200 MB.
+BLOCK = 500
+
+
+def distances(rows, features):
+    """The distances of rows (b, D) to all features (n, D), as (b, n).
+
+    In float64: where features lie far from 0 and close together, most digits cancel.
+    """
+    rows = rows.double()
+    blocks = [torch.cdist(rows, block.double()) for block in features.split(BLOCK)]
+    return torch.cat(blocks, dim=1)
+
+
+def neighbour_radii(features):
+    """The distance (n,) of each of the features (n, D) to the third nearest of the others."""
+    count = min(4, len(features))  # the nearest of the four is the image itself
+    radii = []
+    for rows in features.split(BLOCK):
+        nearest = distances(rows, features).topk(count, largest=False).values  # (b, 4), sorted
+        radii.append(nearest[:, -1])
+    return torch.cat(radii)
+
+
+def precision_recall(samples, references, device="cpu"):
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of pool3 features (n, D), (m, D).
+
+    Around each image is a ball that reaches to its third neighbour in its own set. Precision is the
+    share of samples inside any reference's ball, recall that of references inside any sample's.
+    """
+    samples = torch.as_tensor(samples, device=device)
+    references = torch.as_tensor(references, device=device)
+    sample_radii = neighbour_radii(samples)  # (n,)
+    reference_radii = neighbour_radii(references)  # (m,)
+    precise = []
+    recalled = torch.zeros(len(references), dtype=torch.bool, device=device)
+    for rows, radii in zip(samples.split(BLOCK), sample_radii.split(BLOCK)):
+        d = distances(rows, references)  # (b, m)
+        precise.append((d <= reference_radii).any(dim=1))  # (b,)
+        recalled |= (d <= radii[:, None]).any(dim=0)  # (m,)
+    return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------
+# The two sides of a comparison
+
+
+def extract_features(images, extract, batch_size, device, with_spatial=False):
+    """The features of all images, in their order: pool3 (n, D), and spatial (n, 2023) or None.
+
+    The processes take batches in turn, and the first one has them all in the end. The batches hold
+    the same images for any number of processes, so that the features are the same bit for bit.
+    """
+    # One image tells the number of features, also to a process that gets no batch.
+    pool3, spatial = extract(images.batch(0, 1, device))
+    all_pool3 = torch.zeros(len(images), pool3.shape[1])
+    all_spatial = None
+    if with_spatial:
+        all_spatial = torch.zeros(len(images), spatial.shape[1])
+
+    starts = range(RANK * batch_size, len(images), WORLD_SIZE * batch_size)
+    for first in tqdm(starts, desc=images.source, unit="batch", disable=RANK > 0 or None):
+        last = min(first + batch_size, len(images))
+        pool3, spatial = extract(images.batch(first, last, device))
+        all_pool3[first:last] = pool3.cpu()
+        if with_spatial:
+            all_spatial[first:last] = spatial.cpu()
+
+    # Each row is filled in one process and zero in the others: the sum is all rows, each once.
+    if WORLD_SIZE > 1:
+        dist.reduce(all_pool3, dst=0)
+        if with_spatial:
+            dist.reduce(all_spatial, dst=0)
+    return all_pool3, all_spatial
+
+
+def statistics(images, metrics, network, extract, batch_size, device):
+    """What these metrics need to know of the images, a dict with the names in METRICS.
+
+    network and extract are those of load_inception. Processes but the first return an empty dict.
+    """
+    result = {}
+    with_spatial = "sfid" in metrics
+    pool3, spatial = extract_features(images, extract, batch_size, device, with_spatial)
+    if RANK > 0:
+        return result
+    if "fid" in metrics:
+        result["mu"], result["sigma"] = mean_and_covariance(pool3)
+    if "sfid" in metrics:
+        result["mu_s"], result["sigma_s"] = mean_and_covariance(spatial)
+        del spatial  # 0.4 GB of 50,000 images
     if "is" in metrics:
-        out["IS"] = a["is"]
-    if "pr" in metrics:                                # in float64, which mps does not have
-        where = device if torch.device(device).type == "cuda" else "cpu"
-        out["precision"], out["recall"] = precision_recall(*(side["pool3"].to(where) for side in (a, b)))
-    return out | dict(num=int(a["n"]), label=label, images_per_s=rate)
+        logits = network.logits(pool3.to(device))  # (n, 1008)
+        result["is"] = inception_score(logits.cpu())
+    if "pr" in metrics:
+        result["pool3"] = pool3
+    return result
+
+
+class Side:
+    """One side of a comparison: the statistics that its file holds, and images for the rest.
+
+    missing are the metrics for which images must be looked at; images is None if that is no metric.
+    label says of which features the file's statistics are ("" if the file does not), n of how many
+    images (0 if unknown), and size of how large ones ("?" if unknown).
+    """
+
+    def __init__(self, source, metrics, crop, num):
+        self.source = source
+        self.statistics = {}
+        self.label = ""
+        self.n = 0
+        self.size = "?"
+        if source.endswith(".npz"):
+            arrays = read_npz(Path(source), METRICS["fid"] + METRICS["sfid"])
+            self.statistics = {name: array.astype(np.float64) for name, array in arrays.items()}
+            about = read_npz(Path(source), ["label", "n", "size"])
+            self.label = str(about.get("label", self.label))
+            self.n = int(about.get("n", self.n))
+            self.size = str(about.get("size", self.size))
+
+        known = self.statistics.keys()
+        self.missing = [metric for metric in metrics if not known >= set(METRICS[metric])]
+        self.images = None
+        if self.missing:
+            self.images = Images(source, crop, num)
+            self.n = len(self.images)
+            self.size = self.images.size
+
+    def check_label(self, label):
+        """Statistics of other features than these stop the score; unknown ones are warned of."""
+        if self.label and self.label != label:
+            raise ValueError(
+                f"{self.source}: statistics of ({self.label}), not of ({label}); make new ones"
+            )
+        if self.statistics and not self.label:
+            warn(f"{self.source} does not say of what features its numbers are; taken for {label}")
+
+
+# ---------------------------------------------------------------------------------------------
+# The script
+
+
+def get_args():
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
+    # what is compared
+    p.add_argument("samples", nargs="?", default="out/samples.npz", help="folder or .npz")
+    p.add_argument("reference", nargs="?", default="toy", help="folder, .npz or toy")
+    p.add_argument("--num", type=int, default=0, help="first images of each side, 0 for all")
+    p.add_argument("--crop", type=int, help="ADM's centre crop of every image to this side first")
+    p.add_argument("--save", help="write the statistics of SAMPLES to this .npz and stop")
+    # how
+    p.add_argument("--metrics", default="fid", help="of fid,sfid,is,pr: any, with commas")
+    p.add_argument("--features", help="inception or encoder:NAME; unset: encoder:toy for the toy")
+    p.add_argument("--weights", help="file of the 2015 Inception weights")
+    p.add_argument("--mode", choices=["adm", "pytorch-fid"], default="adm", help="whose resize")
+    # the machine and the output
+    devices = ["cpu"]
+    if torch.backends.mps.is_available():
+        devices.insert(0, "mps")
+    if torch.cuda.is_available():
+        devices.insert(0, "cuda")
+    p.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
+    p.add_argument("--batch-size", type=int, default=64, help="images at once, in each process")
+    p.add_argument("--json", action="store_true", help="print a JSON object instead of the line")
+    return p.parse_args()
+
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    p.error = lambda text: sys.exit(f"error: {text}")  # one line for these mistakes too, without the usage
-    flag = p.add_argument
-    flag("samples", nargs="?", default="out/samples.npz", help="folder or .npz")
-    flag("reference", nargs="?", default="toy", help="folder, .npz of images or statistics, or toy")
-    flag("--metrics", default="fid", help="of fid,sfid,is,pr: any, with commas")
-    flag("--mode", choices=["adm", "pytorch-fid"], default="adm", help="resize before the network")
-    flag("--features", help="inception, or encoder:NAME; default: inception, for toy encoder:toy")
-    flag("--weights", help="file of the 2015 Inception weights")
-    flag("--save", help="write the statistics of SAMPLES to this .npz and stop")
-    flag("--crop", type=int, help="ADM's centre crop of every image to this side first")
-    flag("--num", type=int, default=0, help="first images of each side, 0 for all")
-    flag("--batch", type=int, default=64, help="images at once")
-    flag("--device", choices=devices, default=devices[0], help="where to compute")
-    flag("--json", action="store_true", help="print one JSON object instead of the line")
-    args = p.parse_args()
-    if args.save:
-        args.reference, args.metrics = None, "fid" if "encoder" in (args.features or "") else "fid,sfid"
+    args = get_args()
+
+    # What is computed, in which features: with --save, all that a file of statistics can hold
+    features = args.features
+    if features is None and args.reference == "toy" and not args.weights and not args.save:
+        features = "encoder:toy"
+    elif features is None:
+        features = "inception"
     metrics = args.metrics.split(",")
-    check(set(metrics) <= METRICS.keys(), f"--metrics {args.metrics}: wants some of {','.join(METRICS)}")
-    if WORLD > 1:
+    if args.save:
+        metrics = ["fid", "sfid"] if features == "inception" else ["fid"]
+    if not METRICS.keys() >= set(metrics):
+        raise ValueError(f"--metrics {args.metrics}: wants some of {','.join(METRICS)}")
+    if features != "inception" and not features.startswith("encoder:"):
+        raise ValueError(f"--features {features}: wants inception or encoder:NAME")
+    if features != "inception" and metrics != ["fid"]:
+        raise ValueError(
+            f"--metrics {args.metrics}: only fid's distance is there for --features {features}"
+        )
+
+    # Processes: gloo, since they only exchange features that are on the CPU
+    device = args.device
+    if WORLD_SIZE > 1:
         dist.init_process_group("gloo")
-        args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
-    result = score(args.samples, args.reference, args.features, metrics, args.mode, args.weights, args.num,
-                   args.batch, args.crop, args.device)
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+
+    # The two sides; of the reference the Inception score knows nothing
+    began = time.time()
+    samples = Side(args.samples, metrics, args.crop, args.num)
+    sides = [samples]
+    if not args.save:
+        comparing = [metric for metric in metrics if metric != "is"]
+        reference = Side(args.reference, comparing, args.crop, args.num)
+        sides.append(reference)
+        if samples.images is not None and samples.images.has_jpeg():
+            warn(f"{args.samples} holds JPEG images; their losses alone raise FID by points")
+    sizes = sorted({str(side.size) for side in sides} - {"?"})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{args.samples} and {args.reference} have {' and '.join(sizes)} px; "
+            "pass --crop or the statistics of the same crop"
+        )
+
+    # The network
+    if features == "inception":
+        network, extract, label = load_inception(args.weights, device, args.mode)
+    else:
+        if not sizes or not sizes[0].isdigit():
+            raise ValueError(f"--features {features} wants square images of one size; pass --crop")
+        network = None
+        extract, label = load_encoder(features.removeprefix("encoder:"), int(sizes[0]), device)
+
+    # Features and their statistics
+    for side in sides:
+        side.check_label(label)
+    num_seen = 0
+    for side in sides:
+        if side.images is None:
+            continue
+        num_seen += len(side.images)
+        found = statistics(side.images, side.missing, network, extract, args.batch_size, device)
+        side.statistics.update(found)
+    rate = num_seen / (time.time() - began)
+
+    # The first process has it all now. The group ends only where all went well: to end it after
+    # an error could mean to wait for the other processes, and the error would never be seen.
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
     if RANK > 0:
         return
+
     if args.save:
-        np.savez(args.save, **result)
-        return print(f"wrote {args.save}  (N={result['n']}, {result['size']} px, {result['label']})")
-    if result["num"] < 2048 and "encoder" not in result["label"]:
-        warn(f"{result['num']} samples; below 2048 the number is far too high, and papers use 50,000")
+        np.savez(args.save, **samples.statistics, n=samples.n, size=samples.size, label=label)
+        print(f"wrote {args.save}  (N={samples.n}, {samples.size} px, {label})")
+        return
+
+    # The scores
+    ours = samples.statistics
+    theirs = reference.statistics
+    scores = {}
+    if "fid" in metrics:
+        name = "FID" if features == "inception" else "Frechet distance"
+        scores[name] = frechet_distance(ours["mu"], ours["sigma"], theirs["mu"], theirs["sigma"])
+    if "sfid" in metrics:
+        scores["sFID"] = frechet_distance(
+            ours["mu_s"], ours["sigma_s"], theirs["mu_s"], theirs["sigma_s"]
+        )
+    if "is" in metrics:
+        scores["IS"] = ours["is"]
+    if "pr" in metrics:
+        where = "cpu" if device == "mps" else device  # mps has no float64
+        precision, recall = precision_recall(ours["pool3"], theirs["pool3"], where)
+        scores["precision"] = precision
+        scores["recall"] = recall
+
+    # One line, or one JSON object
+    if samples.n < 2048 and features == "inception":
+        warn(f"{samples.n} samples; below 2048 the number is far too high, and papers use 50,000")
     if args.json:
-        return print(json.dumps(result | dict(reference=args.reference)))
-    num, label, rate = (result.pop(k) for k in ("num", "label", "images_per_s"))
-    print("  ".join(f"{k} {v:.4f}" for k, v in result.items())
-          + f"  (N={num}, {label}, float32, reference {args.reference})  {rate:.0f} images/s")
+        about = dict(num=samples.n, label=label, images_per_s=rate, reference=args.reference)
+        print(json.dumps(scores | about))
+        return
+    numbers = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    about = f"N={samples.n}, {label}, float32, reference {args.reference}"
+    print(f"{numbers}  ({about})  {rate:.0f} images/s")
+
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {str(e).splitlines()[-1]}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {str(error).splitlines()[-1]}")

@@ -1,330 +1,863 @@
-"""Stage 1: train the ViT decoder of a frozen encoder's latents, on noised latents (sections 3, 4.3 and C).
+"""Stage 1: train the ViT decoder of a frozen encoder, on noised latents (sections 3, 4.3 and C).
 
-    python train_decoder.py                                              # the toy world -> out/decoder
-    python train_decoder.py --data FOLDER --encoder my_encoder.pt        # own images
-    torchrun --standalone --nproc_per_node=8 train_decoder.py --preset imagenet256 --data imagenet/train
-    python train_decoder.py --eval-only --ckpt out/decoder/checkpoint.pt # the numbers of a decoder
+    python train_decoder.py                                          # the toy world -> out/decoder
+    python train_decoder.py --data FOLDER --encoder my_encoder.pt    # own images torchrun
+    --standalone --nproc_per_node=8 train_decoder.py --preset imagenet256 --data imagenet/train
+    python train_decoder.py --eval-only --ckpt out/decoder/checkpoint.pt    # the numbers of a
+    decoder
 
-L = L1 + perceptual + 0.75 lambda GAN, by two frozen critics (--critics): LPIPS (VGG16) and a discriminator on
-DINO-S/8, or offline the frozen encoder itself. Writes checkpoint.pt (EMA decoder, latent statistics, what a
-resume needs), grid_*.png (rows: input, reconstruction, reconstruction from noisy latents) and log.jsonl.
+L = L1 + perceptual + 0.75 lambda GAN. The last two look through frozen networks (--critics): VGG16
+for LPIPS and DINO-S/8 for the discriminator, or, without a download, the frozen encoder itself for
+both. Writes checkpoint.pt (the decoder, its average, the latent statistics), grid_*.png (rows:
+images, reconstructions, reconstructions from noisy latents) and log.jsonl. The same command goes
+on with a stopped run.
 """
 
-import copy, hashlib, json, math
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
+
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import spectral_norm
 
-from fid import Moments, frechet_distance, load_inception
-from rae import (DECODERS, RAE, RANK, WORLD, Batches, Decoder, Optimizer, Run, autocast, average,
-                 build_encoder, check, cli, keyed, keyed_noise, keyed_numpy, latent_statistics, load_rae,
-                 load_released_decoder, load_strict, load_timm, open_data, parser, positive, psnr, read_file,
-                 read_images, released_file, save_grid, say, start, update_ema)
+from fid import frechet_distance, load_inception, mean_and_covariance
+from rae import (
+    DECODERS,
+    RAE,
+    Decoder,
+    StepBatches,
+    all_reduce_mean,
+    available_devices,
+    build_encoder,
+    check_same_run,
+    error_line,
+    keyed_generator,
+    keyed_noise,
+    keyed_rng,
+    latent_statistics,
+    load_rae,
+    load_released_decoder,
+    load_strict,
+    load_timm,
+    open_data,
+    open_log,
+    positive_int,
+    print0,
+    psnr,
+    rank_and_world_size,
+    read_file,
+    read_images,
+    released_file,
+    save_file,
+    save_sheet,
+    update_ema,
+    write_log,
+)
 
-# ImageNet: 2,502 steps an epoch of 1,281,167 images, 16 epochs (Table 12; as released where they differ).
-IMAGENET = dict(data="imagenet/train", encoder="dinov2-b", image_size=256, resize=384, size="XL", gan=0.75,
-                critics="published", batch_size=512, steps=40032, lr=2e-4, lr_end=2e-5, warmup=2502,
-                ema=0.9978, workers=12, log_every=100, eval_every=2500, eval_num=2000, save_every=2500)
-TOY = dict(data="toy", encoder="toy", image_size=32, size="toy", gan=0.1,
-           critics="encoder", batch_size=64, steps=800, lr=2e-3, lr_end=1e-4, warmup=50,
-           ema=0.99, workers=0, log_every=100, eval_every=200, eval_num=500, save_every=400)
-PRESETS = dict(toy=TOY, imagenet256=IMAGENET, imagenet512=IMAGENET | dict(image_size=512, resize=768))
-LPIPS_URL = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
+# The toy: small enough for two CPU cores and four minutes.
+TOY = {
+    "data": "toy",
+    "encoder": "toy",
+    "image_size": 32,
+    "size": "toy",
+    "critics": "encoder",
+    "gan": 0.1,
+    "global_batch_size": 64,
+    "steps": 800,
+    "lr": 2e-3,
+    "lr_end": 1e-4,
+    "warmup": 50,
+    "ema": 0.99,
+    "workers": 0,
+    "log_every": 100,
+    "eval_every": 200,
+    "eval_num": 500,
+    "save_every": 400,
+}
+# ImageNet (Table 12, as released): 16 epochs of 2,502 steps. The discriminator's learning rate
+# follows its own steps over the whole run's schedule, so it starts at epoch 6 and ends at 8.2e-5.
+IMAGENET = {
+    "data": "imagenet/train",
+    "encoder": "dinov2-b",
+    "image_size": 256,
+    "resize": 384,
+    "size": "XL",
+    "critics": "published",
+    "gan": 0.75,
+    "global_batch_size": 512,
+    "steps": 40032,
+    "lr": 2e-4,
+    "lr_end": 2e-5,
+    "warmup": 2502,
+    "ema": 0.9978,
+    "workers": 12,
+    "log_every": 100,
+    "eval_every": 2500,
+    "eval_num": 2000,
+    "save_every": 1000,
+}
+PRESETS = {
+    "toy": TOY,
+    "imagenet256": IMAGENET,
+    "imagenet512": IMAGENET | {"image_size": 512, "resize": 768},
+}
+# What may differ when a run is resumed. All other flags define the run; --micro-batch does so too,
+# since the GAN's weight is that of a micro-batch.
+MAY_CHANGE = {
+    "preset",
+    "out",
+    "device",
+    "workers",
+    "compile",
+    "checkpoint_activations",
+    "val_data",
+    "inception",
+    "eval_every",
+    "eval_num",
+    "eval_sigma",
+    "log_every",
+    "save_every",
+    "keep_every",
+}
+LPIPS_URL = (
+    "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
+)
 LPIPS_MD5 = "d507d7349b931f0638a25a48a722f98a"
 
-# ----------------------------------------------------------------------------------------- the frozen critics
-class VitTaps(nn.Module):
-    """Tokens (B, N, C), not normed, of a frozen ViT's last block and of each quarter, of images in [0, 1]."""
+# ---------------------------------------------------------------------------------------------
+# Frozen networks to look through, and the perceptual loss
+
+
+class ViTFeatures(nn.Module):
+    """Images in [0, 1] -> five (B, N, C): a frozen ViT's tokens after its last block and quarters.
+
+    For DINO-S/8 these are blocks 11, 2, 5, 8, 11, of 784 tokens each (appendix C). There is no
+    final norm, and no CLS token.
+    """
+
     def __init__(self, encoder):
         super().__init__()
-        self.encoder, self.width, depth = encoder, encoder.dim, len(encoder.vit.blocks)
-        self.blocks = sorted({max(1, depth * k // 4) - 1 for k in (1, 2, 3, 4)})
-    def forward(self, images):
-        e = self.encoder
-        if images.shape[-1] != e.input_size:
-            images = F.interpolate(images, (e.input_size, e.input_size), mode="bilinear")
-        taps = e.vit.forward_intermediates((images - e.mean) / e.std, indices=self.blocks, output_fmt="NLC",
-                                           intermediates_only=True)
-        return [taps[-1], *taps]
+        self.encoder = encoder
+        self.width = encoder.latent_dim
+        depth = len(encoder.vit.blocks)
+        quarters = [max(1, depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)]
+        self.blocks = sorted(set(quarters))  # a ViT of fewer than four blocks gives fewer
+        self.num_layers = len(self.blocks) + 1
 
-class VggTaps(nn.Module):
-    """relu1_2, 2_2, 3_3, 4_3 and 5_3 of VGG16, as LPIPS sees images in [0, 1]: five of (B, positions, C)."""
+    def forward(self, images):
+        size = (self.encoder.input_size, self.encoder.input_size)
+        if images.shape[-1] != size[0]:
+            images = F.interpolate(images, size, mode="bilinear")
+        images = (images - self.encoder.mean) / self.encoder.std
+        features = self.encoder.vit.forward_intermediates(
+            images, indices=self.blocks, output_fmt="NLC", intermediates_only=True
+        )
+        return [features[-1], *features]
+
+
+class VGGFeatures(nn.Module):
+    """Images in [0, 1] -> five (B, positions, C): VGG16's relu1_2, 2_2, 3_3, 4_3 and 5_3."""
+
     def __init__(self, weights=None):
         super().__init__()
-        self.vgg = load_timm("vgg16.tv_in1k", weights, "--vgg-weights", unused=("pre_logits.", "head."))
+        self.vgg = load_timm("vgg16.tv_in1k", weights, "--vgg-weights")
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
-        self.requires_grad_(False).eval()
+        self.requires_grad_(False)
+        self.eval()
+
     def forward(self, images):
         images = (2 * images - 1 - self.mean) / self.std
-        taps = self.vgg.forward_intermediates(images, range(5), stop_early=True, intermediates_only=True)
-        return [x.flatten(2).transpose(1, 2) for x in taps]
+        features = self.vgg.forward_intermediates(
+            images, range(5), stop_early=True, intermediates_only=True
+        )
+        return [x.flatten(2).transpose(1, 2) for x in features]
 
-class Perceptual(nn.Module):
-    """Distance (B,) of two batches of images in [0, 1], LPIPS for VggTaps with its learned weights: squared
-    difference of unit features, weighted by channel (1 / taps unless given), mean over positions, summed."""
-    def __init__(self, taps, weights=None):
+
+class PerceptualLoss(nn.Module):
+    """The distance (B,) of two batches of images in [0, 1] in a frozen network's features.
+
+    Features become unit vectors; their squared difference is weighted by channel, averaged over
+    the positions and summed over the layers. With VGGFeatures and the learned weights this is
+    LPIPS (Zhang et al. 2018); without weights all channels count alike.
+    """
+
+    def __init__(self, features, weights=None):
         super().__init__()
-        self.taps, self.weights = taps, weights
-    def forward(self, a, b):
-        with torch.autocast(a.device.type, enabled=False):
-            a, b = self.taps(a.float()), self.taps(b.float())
-            a, b = ([x / (x.norm(dim=2, keepdim=True) + 1e-10) for x in taps] for taps in (a, b))
-            weights = self.weights or [torch.full_like(a[0][0, 0], 1 / len(a))] * len(a)
-            return sum(((x - y).square() @ w).mean(1) for x, y, w in zip(a, b, weights))  # (B,)
+        self.features = features
+        self.weights = weights
 
-def lpips(args, device):
-    """LPIPS of VGG16 (v0.1), its learned weights from a file or fetched once; their hash is checked."""
-    path = Path(args.lpips_weights or Path(torch.hub.get_dir(), "checkpoints", "lpips_vgg.pth"))
-    if not path.is_file() and not args.lpips_weights:
+    def forward(self, a, b):
+        distance = 0
+        with torch.autocast(a.device.type, enabled=False):
+            features_a = self.features(a.float())
+            features_b = self.features(b.float())
+            for layer, (x, y) in enumerate(zip(features_a, features_b)):
+                x = x / (x.norm(dim=2, keepdim=True) + 1e-10)  # (B, positions, C)
+                y = y / (y.norm(dim=2, keepdim=True) + 1e-10)
+                square = (x - y).square()
+                if self.weights is None:
+                    weighted = square.sum(2) / len(features_a)  # (B, positions)
+                else:
+                    weighted = square @ self.weights[layer]  # (B, positions)
+                distance = distance + weighted.mean(1)
+        return distance
+
+
+def load_lpips(args, device):
+    """LPIPS (VGG16, v0.1) with its learned weights from --lpips-weights, or fetched once."""
+    path = Path(torch.hub.get_dir(), "checkpoints", "lpips_vgg.pth")
+    if args.lpips_weights:
+        path = Path(args.lpips_weights)
+    elif not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(LPIPS_URL, str(path), progress=False)
-        except OSError as e:
-            raise ValueError(f"LPIPS' weights cannot be fetched ({type(e).__name__}); download {LPIPS_URL} "
-                             f"(md5 {LPIPS_MD5}) and pass --lpips-weights FILE") from None
-    file, names = read_file(path), [f"lin{i}.model.1.weight" for i in range(5)]
-    missing = ", ".join(name for name in names if name not in file)
-    check(not missing, f"{path}: not LPIPS' VGG weights, {missing} missing")
+        except OSError as error:
+            raise ValueError(
+                f"LPIPS' weights cannot be fetched ({type(error).__name__}); download {LPIPS_URL} "
+                f"(md5 {LPIPS_MD5}) and pass --lpips-weights FILE"
+            ) from None
+    file = read_file(path)
+    weights = []
+    for layer in range(5):
+        name = f"lin{layer}.model.1.weight"
+        if name not in file:
+            raise ValueError(f"{path}: not LPIPS' VGG weights, {name} is missing")
+        weights.append(file[name].flatten().to(device))
     if hashlib.md5(path.read_bytes()).hexdigest() != LPIPS_MD5:
-        say(f"warning: {path} is not LPIPS' published file (md5 {LPIPS_MD5})")
-    return Perceptual(VggTaps(args.vgg_weights).to(device), [file[k].flatten().to(device) for k in names])
+        print0(f"warning: {path} is not LPIPS' published file (md5 {LPIPS_MD5})")
+    return PerceptualLoss(VGGFeatures(args.vgg_weights).to(device), weights)
+
+
+# ---------------------------------------------------------------------------------------------
+# The GAN
+
+
+class DiscriminatorHead(nn.Module):
+    """Frozen features (B, N, C) of one layer -> logits (B, N), one per token (appendix C).
+
+    All convolutions run along the sequence of tokens and are spectrally normalised. The norms are
+    over the tokens of one image, so that an image's logits do not depend on its batch.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.first = self.layer(width, kernel_size=1)
+        self.mix = self.layer(width, kernel_size=9)
+        self.last = spectral_norm(nn.Conv1d(width, 1, 1))
+
+    def layer(self, width, kernel_size):
+        conv = nn.Conv1d(
+            width, width, kernel_size, padding=kernel_size // 2, padding_mode="circular"
+        )
+        norm = nn.InstanceNorm1d(width, eps=1e-6, affine=True)
+        return nn.Sequential(spectral_norm(conv), norm, nn.LeakyReLU(0.2))
+
+    def forward(self, x):
+        x = self.first(x.transpose(1, 2))  # (B, C, N)
+        x = (self.mix(x) + x) / math.sqrt(2)  # (B, C, N)
+        return self.last(x).squeeze(1)  # (B, N)
+
 
 class Discriminator(nn.Module):
-    """The trained part of D, a head per tap of (B, N, C) -> logits (B, taps N), one per token. Norms are over
-    the tokens of one image, and all convolutions are spectrally normalised (appendix C)."""
-    def __init__(self, width, taps):
+    """The trained part of the discriminator: one head for each layer of the frozen features.
+
+    forward takes any number of batches, each a list of (B, N, C) as ViTFeatures gives it, and
+    returns their logits (B, layers N) in a list. In train() mode every batch begins with one power
+    iteration of the spectral norms. Fake and real images go through one call: between two calls
+    DistributedDataParallel would overwrite the spectral norms' buffers, which the first call's
+    backward pass still needs.
+    """
+
+    def __init__(self, width, num_layers):
         super().__init__()
-        def conv(out, kernel):
-            return spectral_norm(nn.Conv1d(width, out, kernel, padding=kernel // 2, padding_mode="circular"))
-        def layer(kernel):
-            norm = nn.InstanceNorm1d(width, eps=1e-6, affine=True)
-            return nn.Sequential(conv(width, kernel), norm, nn.LeakyReLU(0.2))
-        self.first = nn.ModuleList(layer(1) for _ in range(taps))
-        self.mix = nn.ModuleList(layer(9) for _ in range(taps))
-        self.last = nn.ModuleList(conv(1, 1) for _ in range(taps))
-    def forward(self, taps):
+        self.heads = nn.ModuleList([DiscriminatorHead(width) for _ in range(num_layers)])
+
+    def forward(self, *batches):
         logits = []
-        for first, mix, last, x in zip(self.first, self.mix, self.last, taps):
-            x = first(x.transpose(1, 2))                                              # (B, C, N)
-            logits.append(last((mix(x) + x) / math.sqrt(2)).squeeze(1))               # (B, N)
-        return torch.cat(logits, 1).float()
+        for features in batches:
+            layers = [head(x) for head, x in zip(self.heads, features)]  # (B, N) each
+            logits.append(torch.cat(layers, dim=1).float())  # (B, layers N)
+        return logits
+
 
 def diffaug(x, u):
-    """DiffAug (Zhao et al. 2020) of images (B, 3, H, W) in [-1, 1] by uniform u (B, 5): a shift of up to an
-    eighth, zero-padded, then brightness + U(-.5, .5), saturation x U(0, 2), contrast x U(.5, 1.5)."""
-    size, s = x.shape[-1], round(x.shape[-1] / 8)
-    corners = (u[:, :2] * (2 * s + 1)).long().tolist()
-    x = torch.stack([image[:, top:top + size, left:left + size]
-                     for image, (top, left) in zip(F.pad(x, [s] * 4), corners)])
-    brightness, saturation, contrast = u[:, 2:].T[..., None, None, None].to(x)
-    x = x + brightness - 0.5
+    """DiffAug (Zhao et al. 2020) of images (B, 3, H, W) in [-1, 1], by uniform numbers u (B, 5).
+
+    A shift of up to an eighth, zero-padded, then brightness + U(-.5, .5), saturation x U(0, 2) and
+    contrast x U(.5, 1.5). It keeps the discriminator from learning the training images by heart.
+    """
+    size = x.shape[-1]
+    reach = round(size / 8)
+    corners = (u[:, :2] * (2 * reach + 1)).long().tolist()  # (row, column) of the window
+    padded = F.pad(x, [reach] * 4)  # (B, 3, H + 2 reach, W + 2 reach)
+    windows = []
+    for image, (top, left) in zip(padded, corners):
+        windows.append(image[:, top : top + size, left : left + size])
+    x = torch.stack(windows)  # (B, 3, H, W)
+
+    brightness, saturation, contrast = u[:, 2:].T[..., None, None, None].to(x)  # (B, 1, 1, 1) each
+    x = x + (brightness - 0.5)
     grey = x.mean(1, keepdim=True)
     x = (x - grey) * (2 * saturation) + grey
     mean = x.mean((1, 2, 3), keepdim=True)
     return (x - mean) * (contrast + 0.5) + mean
 
-def hinge(logits):
-    """Discriminator's loss of logits whose first half saw real images, the second reconstructions."""
-    real, fake = logits.chunk(2)
-    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
-def adaptive_weight(of_reconstruction, of_gan):
-    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6), within [0, 1e4], of the gradients at the last
-    layer's weight, over the global batch (as released; the paper's are at the image)."""
-    return (of_reconstruction.norm() / (of_gan.norm() + 1e-6)).clamp(0, 1e4)
+def augment(images, u):
+    """What the discriminator sees of images in [0, 1]: DiffAug is made for [-1, 1]."""
+    return (diffaug(2 * images - 1, u) + 1) / 2
 
-# -------------------------------------------------------------------------------------------------- the score
+
+def generator_loss(logits):
+    """The decoder's GAN loss: its reconstructions should get high logits."""
+    return -logits.mean()
+
+
+def hinge_loss(logits_real, logits_fake):
+    """The discriminator's loss: real images above 1, reconstructions below -1."""
+    return (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()) / 2
+
+
+def adaptive_weight(g_rec, g_gan):
+    """lambda = |g_rec| / (|g_gan| + 1e-6), within [0, 1e4], as in VQGAN (Esser et al. 2021).
+
+    The two are the gradients of the reconstruction loss and of the GAN's at the last layer's
+    weight, as released (the paper's are at the image). lambda makes them equally long.
+    """
+    return (g_rec.norm() / (g_gan.norm() + 1e-6)).clamp(0, 1e4).detach()
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+
+
 def ssim(a, b):
-    """SSIM (Wang et al. 2004), (B,): per colour, Gaussian window of 11 px, sigma 1.5, inside the image."""
+    """SSIM (Wang et al. 2004) of images (B, 3, H, W) in [0, 1], as (B,).
+
+    Per colour, with a Gaussian window of 11 px and sigma 1.5 that stays inside the image.
+    """
     x = torch.arange(11, device=a.device) - 5.0
-    g = (-x.square() / (2 * 1.5 ** 2)).exp()
-    g = (g / g.sum()).repeat(3, 1, 1, 1)                                              # (3, 1, 1, 11)
+    window = (-x.square() / (2 * 1.5**2)).exp()  # (11,)
+    window = (window / window.sum()).repeat(3, 1, 1, 1)  # (3, 1, 1, 11)
+
     def blur(y):
-        return F.conv2d(F.conv2d(y, g, groups=3), g.transpose(2, 3), groups=3)
-    mu_a, mu_b = blur(a), blur(b)
-    var_a, var_b, cov = blur(a * a) - mu_a ** 2, blur(b * b) - mu_b ** 2, blur(a * b) - mu_a * mu_b
-    return ((2 * mu_a * mu_b + 1e-4) * (2 * cov + 9e-4)
-            / ((mu_a ** 2 + mu_b ** 2 + 1e-4) * (var_a + var_b + 9e-4))).mean((1, 2, 3))
+        y = F.conv2d(y, window, groups=3)
+        return F.conv2d(y, window.transpose(2, 3), groups=3)
 
-def evaluate(rae, data, distance, inception, args):
-    """PSNR (dB), SSIM, LPIPS if given, and the Frechet distance (rFID by Inception, else by the encoder) of
-    --eval-num images, from clean latents and ("_noisy") with noise of --eval-sigma on them; a grid of 16."""
-    device, sums, moments, num = rae.mean.device, {}, {}, min(args.eval_num, len(data))
-    rows, n = np.linspace(0, len(data) - 1, num).astype(int), args.micro_batch or args.batch_size // WORLD
-    features = inception or (lambda x: (rae.encoder(x / 255).mean(1),))
-    for first in range(0, num, n):
-        chosen = rows[first:first + n]
-        images = read_images(data, chosen, device)                                    # (B, 3, H, W)
-        tokens = rae.encoder(images)                                                  # (B, N, C)
-        noise = keyed_noise([(args.seed, first + i) for i in range(len(chosen))], tokens.shape[1:], device)
-        clean, noisy = (rae.draw(x).clamp(0, 1) for x in (tokens, tokens + args.eval_sigma * noise))
-        for name, x in (("real", images), ("", clean), ("_noisy", noisy)):
-            moments.setdefault(name, Moments()).add(features((x * 255).round())[0])
-            for metric, f in (("psnr", psnr), ("ssim", ssim), ("lpips", distance)) if name != "real" else ():
-                if f:
-                    sums[metric + name] = sums.get(metric + name, 0) + f(x, images).sum().item()
+    mu_a = blur(a)
+    mu_b = blur(b)
+    var_a = blur(a * a) - mu_a**2
+    var_b = blur(b * b) - mu_b**2
+    cov = blur(a * b) - mu_a * mu_b
+    luminance = (2 * mu_a * mu_b + 1e-4) / (mu_a**2 + mu_b**2 + 1e-4)
+    structure = (2 * cov + 9e-4) / (var_a + var_b + 9e-4)
+    return (luminance * structure).mean((1, 2, 3))
+
+
+@torch.no_grad()
+def evaluate(rae, data, args, batch_size, lpips=None, inception=None):
+    """The numbers of an autoencoder on --eval-num images, and a sheet of 16 (3 * 16, 3, H, W).
+
+    PSNR (dB), SSIM, LPIPS if that is given, and the Frechet distance: rFID with Inception's
+    features, else in the encoder's own. Each is of reconstructions from clean latents and, with
+    names in _noisy, from latents with noise of --eval-sigma.
+    """
+    device = rae.mean.device
+    num = min(args.eval_num, len(data))
+    indices = np.linspace(0, len(data) - 1, num).astype(int)
+    metrics = {"psnr": psnr, "ssim": ssim}
+    if lpips is not None:
+        metrics["lpips"] = lpips
+
+    def extract(images):
+        pixels = (images * 255).round()  # files have 8 bits
+        if inception is not None:
+            return inception(pixels)[0].cpu()  # (B, 2048)
+        return rae.encoder(pixels / 255).mean(1).cpu()  # (B, C)
+
+    scores = {}
+    features = {"real": [], "clean": [], "noisy": []}
+    for first in range(0, num, batch_size):
+        images = read_images(data, indices[first : first + batch_size], device)  # (B, 3, H, W)
+        tokens = rae.encoder(images)  # (B, N, C)
+        keys = [(args.seed, first + i) for i in range(len(images))]
+        noise = keyed_noise(keys, tokens.shape[1:], device)  # (B, N, C)
+        clean = rae.decode_tokens(tokens).clamp(0, 1)
+        noisy = rae.decode_tokens(tokens + args.eval_sigma * noise).clamp(0, 1)
+
+        features["real"].append(extract(images))
+        features["clean"].append(extract(clean))
+        features["noisy"].append(extract(noisy))
+        for name, metric in metrics.items():
+            scores.setdefault(name, []).append(metric(clean, images))
+            scores.setdefault(f"{name}_noisy", []).append(metric(noisy, images))
         if first == 0:
-            grid = torch.cat([x[:16] for x in (images, clean, noisy)])
-    numbers, frechet = {k: v / num for k, v in sums.items()}, "rfid" if inception else "encoder_distance"
-    for name in ("", "_noisy"):
-        numbers[frechet + name] = frechet_distance(*moments["real"].result(), *moments[name].result())
-    return numbers, grid
+            sheet = torch.cat([images[:16], clean[:16], noisy[:16]])
 
-# ----------------------------------------------------------------------------------------------- the training
-def learning_rate(step, steps, args):
+    numbers = {name: torch.cat(values).mean().item() for name, values in scores.items()}
+    moments = {}
+    for name, batches in features.items():
+        moments[name] = mean_and_covariance(torch.cat(batches).numpy())
+    distance = "encoder_distance" if inception is None else "rfid"
+    numbers[distance] = frechet_distance(*moments["real"], *moments["clean"])
+    numbers[f"{distance}_noisy"] = frechet_distance(*moments["real"], *moments["noisy"])
+    return numbers, sheet
+
+
+def evaluate_checkpoint(args, device):
+    """--eval-only: print the numbers of --ckpt as JSON, and draw its sheet."""
+    if args.ckpt is None:
+        raise ValueError("--eval-only wants a decoder: pass --ckpt")
+    encoder = args.encoder if args.stats else None  # a checkpoint of ours names its own
+    rae = load_rae(args.ckpt, encoder, args.encoder_weights, args.stats, device)
+    data = open_data(args.val_data or args.data, rae.image_size, "val")
+    lpips = load_lpips(args, device) if args.critics == "published" else None
+    inception = load_inception(args.inception, device)[1] if args.inception else None
+    batch_size = args.micro_batch or args.global_batch_size
+    numbers, sheet = evaluate(rae, data, args, batch_size, lpips, inception)
+    save_sheet(sheet, Path(args.out, "eval.png"), columns=len(sheet) // 3)
+    print(json.dumps({"ckpt": args.ckpt, "num": min(args.eval_num, len(data)), **numbers}))
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def get_args():
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
+    p.add_argument("--preset", choices=PRESETS, default="toy", help="the other flags' defaults")
+    # images and the encoder
+    p.add_argument("--data", help="toy, or a folder of images")
+    p.add_argument("--val-data", help="folder to evaluate on; unset: --data")
+    p.add_argument("--image-size", type=positive_int, help="pixels of the decoded image")
+    p.add_argument("--resize", type=int, help="short side before a random crop; unset: centre crop")
+    p.add_argument("--encoder", help="toy, dinov2-{s,b,l}, siglip2-b, mae-b, timm:MODEL or a file")
+    p.add_argument("--encoder-weights", help="local file of the encoder's weights, in timm's names")
+    # the decoder
+    p.add_argument("--size", choices=DECODERS, help="width and depth of the decoder (paper: XL)")
+    p.add_argument(
+        "--upsample", type=positive_int, default=1, help="decoded px per encoded px (6.1)"
+    )
+    p.add_argument("--noise-tau", type=float, default=0.8, help="latent noise, 0 for none")
+    p.add_argument(
+        "--noise-dist",
+        choices=["uniform", "half-normal"],
+        default="uniform",
+        help="paper: half-normal",
+    )
+    p.add_argument("--init", help="start from these weights: a checkpoint or released:NAME")
+    # the losses
+    p.add_argument("--critics", choices=["encoder", "published"], help="published: VGG16, DINO-S/8")
+    p.add_argument("--lpips-weights", help="local file of LPIPS' VGG weights (v0.1)")
+    p.add_argument("--vgg-weights", help="local file of VGG16's weights, in timm's names")
+    p.add_argument("--dino-weights", help="local file of DINO-S/8's weights, in timm's names")
+    p.add_argument("--perceptual", type=float, default=1.0, help="weight of the perceptual loss")
+    p.add_argument("--gan", type=float, help="weight of the GAN loss, 0 for none (paper: 0.75)")
+    p.add_argument(
+        "--starts",
+        type=float,
+        nargs=3,
+        default=[0, 0.375, 0.5],
+        metavar=("LPIPS", "D", "GAN"),
+        help="when each begins, as a share of the run (paper: epochs 0, 6 and 8 of 16)",
+    )
+    # the optimisers
+    p.add_argument("--steps", type=positive_int, help="optimiser steps")
+    p.add_argument("--global-batch-size", type=positive_int, help="images a step, all processes'")
+    p.add_argument(
+        "--micro-batch", type=positive_int, help="images at once; unset: a process's share"
+    )
+    p.add_argument("--lr", type=float, help="peak learning rate (paper: 2e-4)")
+    p.add_argument("--lr-end", type=float, help="learning rate at the end (paper: 2e-5)")
+    p.add_argument("--warmup", type=int, help="steps of linear warm-up (paper: 1 of 16 epochs)")
+    p.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.95], help="(paper: 0.5 0.9)")
+    p.add_argument("--ema", type=float, help="decay of the averaged weights (released: 0.9978)")
+    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    # the machine
+    devices = available_devices()
+    p.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
+    p.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda"
+    )
+    p.add_argument("--compile", action="store_true", help="compile the decoder's blocks")
+    p.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
+    p.add_argument("--workers", type=int, help="processes that read images")
+    # evaluation, and what is written
+    p.add_argument("--eval-only", action="store_true", help="print the numbers of --ckpt and stop")
+    p.add_argument(
+        "--ckpt", help="with --eval-only: a checkpoint, released:NAME or a released file"
+    )
+    p.add_argument("--stats", help="with --eval-only: latent statistics of a bare released file")
+    p.add_argument("--eval-num", type=positive_int, help="images to evaluate on")
+    p.add_argument("--eval-sigma", type=float, default=0.8, help="noise of the _noisy numbers")
+    p.add_argument("--inception", help="file of the 2015 Inception weights, for rFID")
+    p.add_argument("--out", default="out/decoder", help="folder of the run")
+    p.add_argument("--log-every", type=positive_int, help="steps between lines of the log")
+    p.add_argument("--eval-every", type=positive_int, help="steps between evaluations")
+    p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
+    p.add_argument(
+        "--keep-every", type=int, default=0, help="steps between kept EMA weights, 0: none"
+    )
+
+    # The first look finds the preset, whose values become the defaults of the second.
+    p.set_defaults(**TOY)
+    p.set_defaults(**PRESETS[p.parse_args().preset])
+    args = p.parse_args()
+    if args.image_size % args.upsample != 0:
+        raise ValueError(
+            f"--image-size {args.image_size} is not a multiple of --upsample {args.upsample}"
+        )
+    if args.resize and args.resize < args.image_size:
+        raise ValueError(f"--resize {args.resize} is below --image-size {args.image_size}")
+    return args
+
+
+def learning_rate(step, args):
     """Linear warm-up from 0, then a cosine from lr to lr_end at the last of the steps."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    done = (step - args.warmup) / max(1, steps - args.warmup)
+    done = (step - args.warmup) / max(1, args.steps - args.warmup)
     return args.lr_end + (args.lr - args.lr_end) * (0.5 + 0.5 * math.cos(math.pi * done))
 
+
 def main():
-    p = parser(__doc__, PRESETS)
-    flag = p.add_argument
-    flag("--val-data", help="folder to evaluate on; unset: --data")
-    flag("--encoder", help="toy, dinov2-{s,b,l}, siglip2-b, mae-b, timm:MODEL or a file")
-    flag("--image-size", type=positive, help="pixels of the decoded image")
-    flag("--resize", type=int, help="short side before a random crop (paper: 384); unset: centre")
-    flag("--size", choices=DECODERS, help="decoder: width and depth (paper: XL)")
-    flag("--upsample", type=positive, default=1, help="decoded pixels per encoder pixel (6.1: 2)")
-    flag("--noise-tau", type=float, default=0.8, help="latent noise, 0 for none (paper: 0.8)")
-    flag("--noise-dist", choices=["uniform", "half-normal"], default="uniform", help="released; paper's")
-    flag("--critics", choices=["encoder", "published"], help="the encoder's features, or LPIPS and DINO-S/8")
-    flag("--lpips-weights", help="local file of LPIPS' VGG weights (v0.1)")
-    flag("--vgg-weights", help="local file of VGG16's weights, timm's names")
-    flag("--dino-weights", help="local file of DINO-S/8's weights, timm's names")
-    flag("--perceptual", type=float, default=1.0, help="weight of the perceptual loss (paper: 1)")
-    flag("--gan", type=float, help="weight of the GAN loss, 0 for none (paper: 0.75)")
-    flag("--starts", type=float, nargs=3, default=[0, 0.375, 0.5], metavar=("LPIPS", "D", "GAN"),
-         help="when each begins, as a share of the run (paper: epochs 0, 6 and 8 of 16)")
-    flag("--warmup", type=int, help="steps of linear warm-up (paper: 1 of 16 epochs)")
-    flag("--betas", type=float, nargs=2, default=[0.9, 0.95], help="of AdamW (paper: 0.5 0.9)")
-    flag("--eval-only", action="store_true", help="print the numbers of --ckpt and stop")
-    flag("--ckpt", help="with --eval-only: a checkpoint, released:NAME or a released file")
-    flag("--stats", help="with --eval-only: latent statistics of a bare released file")
-    flag("--eval-num", type=positive, help="images to evaluate on")
-    flag("--eval-sigma", type=float, default=0.8, help="latent noise of the _noisy numbers")
-    flag("--inception", help="file of the 2015 Inception weights, for rFID")
-    flag("--out", default="out/decoder", help="folder of the run")
-    flag("--eval-every", type=positive, help="steps between evaluations")
-    args = p.parse_args()
-    size, up = args.image_size // args.upsample, args.upsample                        # what the encoder sees
-    check(args.image_size % up == 0, f"--image-size {args.image_size} is not a multiple of --upsample {up}")
-    check(not 0 < (args.resize or 0) < size * up, f"--resize {args.resize} is below --image-size {size * up}")
-    device = start(args)
-    inception = load_inception(args.inception, device)[1] if args.inception else None
+    args = get_args()
+
+    # The process group. torchrun starts one process per GPU and tells each its number.
+    ddp = "RANK" in os.environ
+    if ddp:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+    rank, world_size = rank_and_world_size()
+    device = torch.device(args.device)
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+
+    # Precision: bfloat16 matrix products; weights, residual streams and losses are float32.
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and args.device == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    torch.backends.cuda.matmul.allow_tf32 = bf16
+    torch.backends.cudnn.allow_tf32 = bf16
+    torch.backends.cuda.enable_cudnn_sdp(False)  # this attention gave NaN in bf16 with torch 2.13
     if args.eval_only:
-        check(args.ckpt, "--eval-only wants a decoder: pass --ckpt")
-        rae = load_rae(args.ckpt, args.stats and args.encoder, args.encoder_weights, args.stats, device)
-        data = open_data(args.val_data or args.data, rae.decoder.grid * rae.decoder.patch_size, "val")
-        metric = lpips(args, device) if args.critics == "published" else None
-        numbers, grid = evaluate(rae, data, metric, inception, args)
-        save_grid(grid, f"{args.out}/eval.png", columns=len(grid) // 3)
-        return say(json.dumps(dict(ckpt=args.ckpt, num=min(args.eval_num, len(data)), **numbers)))
-    run = Run(args, "decoder")
-    if run.first == args.steps:
-        return say(f"{args.out}: finished already; its decoder is {args.out}/checkpoint.pt")
-    # Images, frozen encoder, statistics of its latents (one exact pass), decoder, its average, critics.
-    data = open_data(args.data, args.image_size, short=args.resize)
-    val = open_data(args.val_data or args.data, args.image_size, "val")
-    encoder = build_encoder(args.encoder, size, args.encoder_weights).to(device)
-    mean, var = run.saved.get("mean"), run.saved.get("var")
-    if not run.saved:
-        say(f"latent statistics of {len(data)} images, both flips")
-        centred = data if args.upsample == 1 and not args.resize else open_data(args.data, size)
-        mean, var = latent_statistics(encoder, centred, args.micro_batch or args.batch_size // WORLD, device)
-    torch.manual_seed(args.seed)
-    decoder = Decoder(encoder.dim, encoder.grid, args.image_size // encoder.grid, *DECODERS[args.size])
-    if args.init and not run.saved:
-        load_strict(decoder, load_released_decoder(released_file(args.init)).state_dict(), args.init)
-    rae = RAE(encoder, decoder, mean, var, args.noise_tau, args.noise_dist).to(device)
-    ema = copy.deepcopy(decoder).requires_grad_(False).eval()
-    averaged = RAE(encoder, ema, mean, var).to(device)
-    published = args.critics == "published"
-    perceptual = lpips(args, device) if published else Perceptual(VitTaps(encoder))
-    dino = published and args.gan and build_encoder("dino-s8", 224, args.dino_weights, "--dino-weights")
-    taps = VitTaps(dino or encoder).to(device)
-    discriminator = Discriminator(taps.width, len(taps.blocks) + 1).to(device)
-    optimizer, optimizer_d = Optimizer(decoder, args.betas), Optimizer(discriminator, args.betas)
-    run.restore(ema=ema, model=decoder, optimizer=optimizer, discriminator=discriminator,
-                optimizer_d=optimizer_d)
+        evaluate_checkpoint(args, device)
+        return
+
+    # The images and the frozen encoder.
+    data = open_data(args.data, args.image_size, resize=args.resize)
+    val_data = open_data(args.val_data or args.data, args.image_size, "val")
+    batches = StepBatches(data, args.global_batch_size, args.seed, False, rank, world_size)
+    local_batch_size = len(batches.rows)
+    micro_batch = args.micro_batch or local_batch_size
+    encoder_image_size = args.image_size // args.upsample
+    encoder = build_encoder(args.encoder, encoder_image_size, args.encoder_weights).to(device)
+
+    # Resume, if the folder holds this very run: the same flags, images and encoder.
+    out = Path(args.out)
+    settings = vars(args) | {"images": data.fingerprint(), "encoder_hash": encoder.fingerprint()}
+    checkpoint = None
+    first_step = 0
+    if (out / "checkpoint.pt").exists():
+        checkpoint = read_file(out / "checkpoint.pt")
+        check_same_run(out, checkpoint.get("args", {}), settings, MAY_CHANGE)
+        first_step = checkpoint["step"]
+        print0(f"{out}: going on at step {first_step} of {args.steps}")
+    if all_reduce_mean(torch.tensor(float(first_step), device=device)).item() != first_step:
+        raise ValueError(f"{out}: not the same on all nodes; put --out where all of them see it")
+    if rank == 0:
+        log = open_log(out, first_step)
+
+    # The latent statistics, in one pass over the images' centre crops.
+    if checkpoint is None:
+        centred = open_data(args.data, args.image_size)
+        mean, var = latent_statistics(encoder, centred, micro_batch, device)
+    else:
+        mean, var = checkpoint["mean"], checkpoint["var"]
+
+    # The decoder, and its average, copied before anything is compiled or wrapped.
+    torch.manual_seed(args.seed)  # for the initial weights; every later draw has a key of its own
+    patch_size = args.image_size // encoder.grid_size
+    decoder = Decoder(encoder.latent_dim, encoder.grid_size, patch_size, *DECODERS[args.size])
+    if args.init:
+        init = load_released_decoder(read_file(released_file(args.init)), where=args.init)
+        load_strict(decoder, init.state_dict(), args.init)
     decoder.checkpoint_activations = args.checkpoint_activations
-    for layer in decoder.decoder_layers if args.compile else ():
-        layer.compile()                                # in place, names stay; lambda walks the last layer
-    say(f"{args.encoder}: {encoder.grid ** 2} tokens x {encoder.dim}; decoder {args.size}, "
-        f"{sum(x.numel() for x in decoder.parameters()) / 1e6:.1f}M parameters, {len(data)} images")
-    start_p, start_d, start_g = (round(share * args.steps) for share in args.starts)
-    batches = Batches(data, args.batch_size, args.seed, False, args.micro_batch)
-    names = ("l1", "perceptual", "gan", "d_loss", "gan_weight")
-    for step in run.steps(batches, device, len(names)):
-        if run.due(args.log_every):
-            means, pace = run.means(optimizer, optimizer_d)
-            run.log(**dict(zip(names, means.tolist())), **pace)
-        if RANK == 0 and (run.due(args.save_every) or step == 0):
-            run.save(image_size=size, config=decoder.config, encoder=args.encoder,
-                     encoder_hash=encoder.fingerprint, mean=mean, var=var)
-        if RANK == 0 and run.due(args.eval_every, look=True):
-            numbers, grid = evaluate(averaged, val, perceptual if published else None, inception, args)
-            run.log(**numbers)
-            save_grid(grid, f"{args.out}/grid_{step:06d}.png", columns=len(grid) // 3)
-        if run.last:
+    ema = copy.deepcopy(decoder).requires_grad_(False).eval()
+    rae = RAE(encoder, decoder, mean, var, args.noise_tau, args.noise_dist).to(device).train()
+    ema_rae = RAE(encoder, ema, mean, var).to(device)
+    last_layer = decoder.decoder_pred.weight
+
+    # The frozen networks behind the losses, and the discriminator.
+    lpips = None
+    dino = None
+    if args.critics == "published":
+        lpips = load_lpips(args, device)
+        if args.gan > 0:
+            dino = build_encoder("dino-s8", 224, args.dino_weights, "--dino-weights").to(device)
+    perceptual_loss = lpips or PerceptualLoss(ViTFeatures(encoder))
+    features = ViTFeatures(dino or encoder)
+    discriminator = Discriminator(features.width, features.num_layers).to(device)
+    inception = load_inception(args.inception, device)[1] if args.inception else None
+
+    if args.compile:
+        for layer in decoder.decoder_layers:
+            layer.compile()  # in place, so that parameters keep their names
+    ddp_discriminator = discriminator
+    if ddp:
+        device_ids = [device.index] if args.device == "cuda" else None
+        rae.decoder = DistributedDataParallel(decoder, device_ids=device_ids)
+        ddp_discriminator = DistributedDataParallel(discriminator, device_ids=device_ids)
+    adamw = {"lr": args.lr, "betas": tuple(args.betas), "weight_decay": 0.0, "fused": True}
+    optimizer = torch.optim.AdamW(decoder.parameters(), **adamw)
+    d_optimizer = torch.optim.AdamW(discriminator.parameters(), **adamw)
+
+    # What the log averages since its last line, steps that were taken, and skipped. The names on
+    # the left are views of `sums`.
+    loss_names = ("l1", "perceptual", "gan", "d_loss", "gan_weight")
+    sums = torch.zeros(len(loss_names) + 2, device=device)
+    loss_sums, taken, skipped = sums.split([len(loss_names), 1, 1])
+
+    if checkpoint is not None:
+        decoder.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        discriminator.load_state_dict(checkpoint["discriminator"])
+        d_optimizer.load_state_dict(checkpoint["d_optimizer"])
+        sums.copy_(checkpoint["sums"])
+    resumed = checkpoint is not None
+    del checkpoint
+
+    # What load_rae in rae.py needs to know of a decoder.
+    about = {
+        "num_heads": decoder.num_heads,
+        "encoder": args.encoder,
+        "encoder_weights": args.encoder_weights,
+        "encoder_hash": settings["encoder_hash"],
+        "encoder_image_size": encoder_image_size,
+        "mean": mean,
+        "var": var,
+    }
+    num_parameters = sum(p.numel() for p in decoder.parameters()) / 1e6
+    print0(f"{device} x {world_size}, {'bf16' if bf16 else 'fp32'}; {len(data)} images")
+    print0(f"{args.encoder}: {encoder.grid_size**2} tokens x {encoder.latent_dim}")
+    print0(f"decoder {args.size}, {num_parameters:.1f}M parameters")
+
+    # The images of all steps that are left, read ahead by workers.
+    loader = torch.utils.data.DataLoader(
+        batches,
+        batch_size=None,  # an item is a batch already
+        sampler=range(first_step, args.steps),
+        num_workers=args.workers,
+        pin_memory=args.device == "cuda",
+    )
+    stream = iter(loader)
+
+    # Ctrl-C and SIGTERM end the run where it is. Nothing is saved then: all processes would have
+    # to agree on a step first, and the last checkpoint is minutes old.
+    step = first_step
+    saved_step = first_step
+
+    def stop(number, frame):
+        print0(f"stopped at step {step}; the same command goes on from step {saved_step}")
+        os._exit(128 + number)  # not 0: what comes after `&&` must not take the run for finished
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+    start_perceptual, start_d, start_gan = [round(share * args.steps) for share in args.starts]
+    skipped_in_a_row = 0
+    logged_step = first_step
+    logged_time = time.time()
+
+    # One more turn than steps, so that the final state is saved, logged and evaluated too. A
+    # resumed run begins with what was due after its checkpoint: a kill may have come between.
+    for step in range(first_step, args.steps + 1):
+        last = step == args.steps
+
+        # Save, but never while steps are being skipped: the state before may be the last good one.
+        new = step > first_step or not resumed
+        if new and (step % args.save_every == 0 or last) and skipped_in_a_row == 0:
+            all_reduce_mean(
+                sums
+            )  # so that a resumed run, which knows no processes' own sums, logs alike
+            if rank == 0:
+                checkpoint = {
+                    "model": decoder.state_dict(),
+                    "ema": ema.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "discriminator": discriminator.state_dict(),
+                    "d_optimizer": d_optimizer.state_dict(),
+                    "step": step,
+                    "sums": sums,
+                    "args": settings,
+                }
+                save_file(checkpoint | about, out / "checkpoint.pt")
+            saved_step = step
+        if rank == 0 and args.keep_every and step > 0 and step % args.keep_every == 0:
+            save_file({"ema": ema.state_dict(), **about}, out / f"ema_{step:07d}.pt")
+
+        # Log.
+        if step > 0 and (step % args.log_every == 0 or last):
+            all_reduce_mean(sums)
+            if rank == 0:
+                num_images = (step - logged_step) * args.global_batch_size
+                means = (loss_sums / taken.clamp(min=1)).tolist()
+                numbers = {
+                    "step": step,
+                    **dict(zip(loss_names, means)),
+                    "lr": learning_rate(step - 1, args),
+                    "skipped": int(skipped),
+                    "images_per_s": num_images / (time.time() - logged_time),
+                }
+                write_log(log, numbers)
+            sums.zero_()
+            logged_step = step
+            logged_time = time.time()
+
+        # Evaluate the averaged weights.
+        if rank == 0 and step > 0 and (step % args.eval_every == 0 or last):
+            numbers, sheet = evaluate(ema_rae, val_data, args, micro_batch, lpips, inception)
+            write_log(log, {"step": step, **numbers})
+            save_sheet(sheet, out / f"grid_{step:06d}.png", columns=len(sheet) // 3)
+        if last:
             break
-        # Each critic is walked back once, to the reconstruction; from there on both losses go together.
-        images = run.batch()[0].to(device, non_blocking=True).float() / 255           # (b, 3, H, W)
-        u = keyed_numpy(args.seed, step, args.batch_size).random((args.batch_size, 3, 5), dtype=np.float32)
-        u = torch.from_numpy(u[batches.rows.start:batches.rows.stop])                 # (b, 3, 5) for DiffAug
-        rae.train()
+
+        # This step's learning rates, images, and uniform numbers for DiffAug: (b, 3, 5), for the
+        # decoder's view, the real images and the fake ones. Their key is that of the row after the
+        # last.
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        for group in d_optimizer.param_groups:
+            group["lr"] = learning_rate(step - start_d, args)
+        images, _ = next(stream)
+        images = images.to(device, non_blocking=True).float() / 255  # (b, 3, H, W)
+        rng = keyed_rng(args.seed, step, args.global_batch_size)
+        u = rng.random((args.global_batch_size, 3, 5), dtype=np.float32)
+        u = torch.from_numpy(u[batches.rows.start : batches.rows.stop])  # (b, 3, 5)
+
+        # The decoder's turn, micro_batch images at a time. The discriminator only judges: it stays
+        # in eval mode, without power iterations, and gets no gradients.
         discriminator.eval()
-        gan_on, work = args.gan > 0 and step >= start_g, []
-        at_last = torch.zeros(2, *decoder.decoder_pred.weight.shape, device=device)   # both losses' gradients
-        losses = torch.zeros(len(names), device=device)
-        for part in batches.parts:
-            share, keys = len(u[part]) / len(u), [(args.seed, step, row) for row in batches.rows[part]]
-            with autocast(device, args):
-                tokens = encoder(images[part])                                        # (B, N, C)
-                noised = rae.noised(tokens, [keyed(device, *key) for key in keys])
-                output = rae.draw(noised)                                             # (B, 3, H, W)
-            l1, distance, gan = (output - images[part]).abs().mean(), torch.zeros(()), torch.zeros(())
-            if args.perceptual and step >= start_p:
-                distance = perceptual(output, images[part]).mean()
-            gradients = torch.autograd.grad(l1 + args.perceptual * distance, output)
-            if gan_on:
-                with autocast(device, args):
-                    gan = -discriminator(taps(diffaug(2 * output - 1, u[part, 0]) / 2 + 0.5)).mean()
-                gradients += torch.autograd.grad(gan, output)
-                at_last += share * torch.stack([torch.autograd.grad(
-                    output, decoder.decoder_pred.weight, g, retain_graph=True)[0] for g in gradients])
-            losses[:3] += share * torch.stack([x.detach().to(device) for x in (l1, distance, gan)])
-            work.append((part, share, tokens, noised, gradients, output if share == 1 else None))
-        if gan_on:
-            average([at_last])
-            losses[4] = args.gan * adaptive_weight(*at_last)
-        # The decoder's step. A lone part still has its graph; several are decoded again, one at a time.
-        for _, share, _, noised, gradients, output in work:
-            if output is None:
-                with autocast(device, args):
-                    output = rae.draw(noised)
-            output.backward(share * (gradients[0] + losses[4] * gradients[1] if gan_on else gradients[0]))
-        if optimizer.update(learning_rate(step, args.steps, args))[1]:
+        discriminator.requires_grad_(False)
+        losses = {name: torch.zeros((), device=device) for name in loss_names}
+        clean_tokens = []
+        for start in range(0, local_batch_size, micro_batch):
+            part = slice(start, start + micro_batch)
+            real = images[part]  # (B, 3, H, W)
+            share = len(real) / local_batch_size
+            is_last_part = start + micro_batch >= local_batch_size
+            rows = batches.rows[part]
+            generators = [keyed_generator(device, args.seed, step, row) for row in rows]
+            with nullcontext() if is_last_part or not ddp else rae.decoder.no_sync():
+                with autocast:
+                    tokens = encoder(real)  # (B, N, C)
+                    reconstruction = rae.decode_tokens(rae.noised(tokens, generators))
+                clean_tokens.append(tokens)
+
+                # The reconstruction loss.
+                l1 = (reconstruction - real).abs().mean()
+                perceptual = torch.zeros((), device=device)
+                if args.perceptual > 0 and step >= start_perceptual:
+                    perceptual = perceptual_loss(reconstruction, real).mean()
+                loss = l1 + args.perceptual * perceptual
+
+                # The GAN loss, with the adaptive weight: that of the micro-batch, averaged over
+                # the processes. Gradients at the last layer's weight alone cost no walk through
+                # the decoder.
+                gan = torch.zeros((), device=device)
+                gan_weight = torch.zeros((), device=device)
+                if args.gan > 0 and step >= start_gan:
+                    with autocast:
+                        (logits,) = discriminator(features(augment(reconstruction, u[part, 0])))
+                    gan = generator_loss(logits)
+                    (g_rec,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+                    (g_gan,) = torch.autograd.grad(gan, last_layer, retain_graph=True)
+                    gan_weight = args.gan * all_reduce_mean(adaptive_weight(g_rec, g_gan))
+                    loss = loss + gan_weight * gan
+                (share * loss).backward()
+            losses["l1"] += share * l1.detach()
+            losses["perceptual"] += share * perceptual.detach()
+            losses["gan"] += share * gan.detach()
+            losses["gan_weight"] += share * gan_weight
+
+        # The optimiser's step, unless the gradient is not finite.
+        finite = bool(nn.utils.get_total_norm([p.grad for p in decoder.parameters()]).isfinite())
+        if finite:
+            optimizer.step()
             update_ema(ema, decoder, args.ema, step)
-        # The discriminator's, on 8-bit reconstructions of clean latents by the decoder as it is now.
-        if args.gan and step >= start_d:
-            for part, share, tokens, *_ in work:
-                discriminator.train(part.start == 0)   # one power iteration a step
-                with autocast(device, args):
-                    with torch.no_grad():
-                        fake = rae.draw(tokens).clamp(0, 1).mul(255).round() / 255
-                        both = [diffaug(2 * x - 1, u[part, k]) for k, x in ((1, images[part]), (2, fake))]
-                        views = taps(torch.cat(both) / 2 + 0.5)
-                    d_loss = share * hinge(discriminator(views))
-                d_loss.backward()
-                losses[3] += d_loss.detach()
-            optimizer_d.update(learning_rate(step - start_d, args.steps - start_d, args))
-        run.sums += losses.nan_to_num(posinf=0, neginf=0)
+        optimizer.zero_grad()
+
+        # The discriminator's turn, on what a user would see: reconstructions from clean latents by
+        # the decoder as it is now, rounded to 8 bits.
+        if args.gan > 0 and step >= start_d:
+            discriminator.train()
+            discriminator.requires_grad_(True)
+            for number, tokens in enumerate(clean_tokens):
+                start = number * micro_batch
+                part = slice(start, start + micro_batch)
+                real = images[part]
+                share = len(real) / local_batch_size
+                is_last_part = start + micro_batch >= local_batch_size
+                with nullcontext() if is_last_part or not ddp else ddp_discriminator.no_sync():
+                    with autocast:
+                        with torch.no_grad():
+                            fake = rae.decode_tokens(tokens).clamp(0, 1).mul(255).round() / 255
+                            fake_features = features(augment(fake, u[part, 2]))
+                            real_features = features(augment(real, u[part, 1]))
+                        logits_fake, logits_real = ddp_discriminator(fake_features, real_features)
+                    d_loss = hinge_loss(logits_real, logits_fake)
+                    (share * d_loss).backward()
+                losses["d_loss"] += share * d_loss.detach()
+            d_norm = nn.utils.get_total_norm([p.grad for p in discriminator.parameters()])
+            if d_norm.isfinite():
+                d_optimizer.step()
+            else:
+                finite = False
+            d_optimizer.zero_grad()
+
+        # Count.
+        if finite:
+            loss_sums += torch.stack(list(losses.values()))
+            taken += 1
+            skipped_in_a_row = 0
+        else:
+            skipped += 1
+            skipped_in_a_row += 1
+            if skipped_in_a_row == 5:
+                raise ValueError(
+                    "the loss was not finite for 5 steps in a row; the last checkpoint is kept: "
+                    "go on from it with --init and another --out, a lower --lr or --precision fp32"
+                )
+
+    print0(f"{out}: finished; its decoder is {out}/checkpoint.pt")
+    if ddp:
+        dist.destroy_process_group()  # only here: after an error it could wait for the others
+
 
 if __name__ == "__main__":
-    cli(main)
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(error_line(error))
+    except KeyboardInterrupt:
+        sys.exit(130)

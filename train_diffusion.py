@@ -1,200 +1,493 @@
 """Stage 2: train DiT^DH by flow matching on the latents of a frozen RAE (sections 4 and 5).
 
-    python train_diffusion.py                                            # the toy world -> out/diffusion
-    python train_diffusion.py --data FOLDER --decoder out/decoder/checkpoint.pt          # own images
-    torchrun --standalone --nproc_per_node=8 train_diffusion.py --preset imagenet256 --data imagenet/train
+    python train_diffusion.py                                      # the toy world -> out/diffusion
+    python train_diffusion.py --data FOLDER --decoder out/decoder/checkpoint.pt        # own images
+    torchrun --standalone --nproc_per_node=8 train_diffusion.py --preset imagenet256 --data
+    imagenet/train
 
-Writes checkpoint.pt (model, EMA, optimiser), pairs.png (images over reconstructions), samples_*.png (a column
-per class, fixed noise, EMA weights), log.jsonl (loss, also in bins of t).
+Writes checkpoint.pt (model, average, optimiser), pairs.png (images over reconstructions),
+samples_*.png (a column per class, always from the same noise) and log.jsonl. The same command goes
+on with a stopped run.
 """
 
-import copy, json, math, shutil
+import argparse
+import copy
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-import fid
 from dit_dh import SIZES, DiTDH, draw_time, flow_loss, shift_alpha, shift_time, time_grid
-from rae import (RANK, Batches, Optimizer, Run, autocast, check, cli, encoded, keyed_noise, keyed_numpy,
-                 load_rae, load_strict, open_data, parser, positive, psnr, read_images, save_grid, say,
-                 start, update_ema)
-from sample import Samples, balanced_labels, generate, load_model
+from rae import (
+    StepBatches,
+    all_reduce_mean,
+    available_devices,
+    check_same_run,
+    error_line,
+    keyed_noise,
+    keyed_rng,
+    load_rae,
+    load_strict,
+    open_data,
+    open_log,
+    positive_int,
+    print0,
+    psnr,
+    rank_and_world_size,
+    read_file,
+    read_images,
+    save_file,
+    save_sheet,
+    update_ema,
+    write_log,
+)
+from sample import balanced_labels, generate, load_model
 
-# ImageNet: batch 1024, 1,252 steps an epoch; 800 epochs, lr 2e-4 held for 40 and linear to 2e-5 (appendix D).
-IMAGENET = dict(data="imagenet/train", decoder="released:dinov2-b", backbone="XL", head="G", batch_size=1024,
-                steps=1001600, lr=2e-4, lr_end=2e-5, hold=50080, ema=0.9995, cfg=1.0,
-                workers=12, log_every=100, sample_every=12520, save_every=5000)
-TOY = dict(data="toy", decoder="toy", backbone="96,4,3", head="128,2,4", batch_size=64, steps=1300,
-           lr=4e-3, lr_end=1e-4, hold=300, ema=0.995, cfg=1.5,
-           workers=0, log_every=100, sample_every=500, save_every=500)
-PRESETS = dict(toy=TOY, imagenet256=IMAGENET, imagenet512=IMAGENET | dict(decoder="released:dinov2-b-512"))
-BINS = 5                                               # of t, as the model sees it, in the log
+# The toy: small enough for two CPU cores and four minutes.
+TOY = {
+    "data": "toy",
+    "decoder": "toy",
+    "backbone": "96,4,3",
+    "wide_head": "128,2,4",
+    "global_batch_size": 64,
+    "steps": 1300,
+    "lr": 4e-3,
+    "lr_end": 1e-4,
+    "hold": 300,
+    "ema": 0.995,
+    "cfg_scale": 1.5,
+    "workers": 0,
+    "log_every": 100,
+    "sample_every": 500,
+    "save_every": 500,
+}
+# ImageNet (appendix D): 800 epochs of 1,252 steps; lr 2e-4 for 40 epochs, then linear to 2e-5.
+IMAGENET = {
+    "data": "imagenet/train",
+    "decoder": "released:dinov2-b",
+    "backbone": "XL",
+    "wide_head": "G",
+    "global_batch_size": 1024,
+    "steps": 1001600,
+    "lr": 2e-4,
+    "lr_end": 2e-5,
+    "hold": 50080,
+    "ema": 0.9995,
+    "cfg_scale": 1.0,
+    "workers": 12,
+    "log_every": 100,
+    "sample_every": 12520,
+    "save_every": 1000,
+}
+PRESETS = {
+    "toy": TOY,
+    "imagenet256": IMAGENET,
+    "imagenet512": IMAGENET | {"decoder": "released:dinov2-b-512"},
+}
+# What may differ when a run is resumed. All other flags define the run.
+MAY_CHANGE = {
+    "preset",
+    "out",
+    "device",
+    "workers",
+    "micro_batch",
+    "compile",
+    "checkpoint_activations",
+    "cfg_scale",
+    "log_every",
+    "sample_every",
+    "save_every",
+    "keep_every",
+}
+NUM_BINS = 5  # of t, for the loss in the log
 
-def transformer_size(text, depth=None):
-    """argparse type: "XL" or "width,depth,heads" as numbers; depth replaces a named size's own."""
+
+def backbone_size(text):
+    """The type of --backbone: a name of SIZES, or width,depth,num_heads."""
     if text in SIZES:
-        width, own, heads = SIZES[text]
-        return width, depth or own, heads
-    width, depth, heads = map(positive, text.split(","))
-    return width, depth, heads
+        return SIZES[text]
+    width, depth, num_heads = text.split(",")
+    return positive_int(width), positive_int(depth), positive_int(num_heads)
+
+
+def wide_head_size(text):
+    """The type of --wide-head: as --backbone, but a name means two blocks; or none."""
+    if text == "none":
+        return None
+    width, depth, num_heads = backbone_size(text)
+    return width, 2 if text in SIZES else depth, num_heads
+
+
+def get_args():
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
+    p.add_argument("--preset", choices=PRESETS, default="toy", help="the other flags' defaults")
+    # images and their latents
+    p.add_argument("--data", help="toy, or a folder of images whose subfolders are the classes")
+    p.add_argument("--no-flip", action="store_true", help="show no mirror images")
+    p.add_argument("--decoder", help="toy, a checkpoint of train_decoder.py or released:NAME")
+    p.add_argument("--encoder", help="the encoder that a bare released decoder belongs to")
+    p.add_argument("--encoder-weights", help="local file of the encoder's weights, in timm's names")
+    p.add_argument("--stats", help="latent statistics of a bare released decoder")
+    # the model
+    p.add_argument("--backbone", type=backbone_size, help="S B L XL, or width,depth,num_heads")
+    p.add_argument(
+        "--wide-head", type=wide_head_size, help="likewise (paper: G), or none: plain DiT"
+    )
+    p.add_argument("--init", help="start from these weights: a checkpoint or released:NAME")
+    # the flow
+    p.add_argument(
+        "--alpha", type=float, help="schedule shift; unset: sqrt(N C / 4096), at least 1"
+    )
+    p.add_argument("--time", choices=["logit-normal", "uniform"], default="logit-normal")
+    p.add_argument(
+        "--label-drop", type=float, default=0.1, help="share of labels dropped, 1 for all"
+    )
+    # the optimiser
+    p.add_argument("--steps", type=positive_int, help="optimiser steps")
+    p.add_argument("--global-batch-size", type=positive_int, help="images a step, all processes'")
+    p.add_argument(
+        "--micro-batch", type=positive_int, help="images at once; unset: a process's share"
+    )
+    p.add_argument("--lr", type=float, help="peak learning rate (paper: 2e-4)")
+    p.add_argument("--lr-end", type=float, help="learning rate at the end (paper: 2e-5)")
+    p.add_argument("--hold", type=int, help="steps before the rate falls (paper: 40 of 800 epochs)")
+    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm, 0 for any")
+    p.add_argument("--ema", type=float, help="decay of the averaged weights (paper: 0.9995)")
+    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    # the machine
+    devices = available_devices()
+    p.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
+    p.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda"
+    )
+    p.add_argument("--compile", action="store_true", help="compile the model")
+    p.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
+    p.add_argument("--workers", type=int, help="processes that read images")
+    # what is written
+    p.add_argument("--out", default="out/diffusion", help="folder of the run")
+    p.add_argument("--log-every", type=positive_int, help="steps between lines of the log")
+    p.add_argument("--sample-every", type=positive_int, help="steps between sheets of samples")
+    p.add_argument("--cfg-scale", type=float, help="classifier-free guidance of these samples")
+    p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
+    p.add_argument(
+        "--keep-every", type=int, default=0, help="steps between kept EMA weights, 0: none"
+    )
+
+    # The first look finds the preset, whose values become the defaults of the second.
+    p.set_defaults(**TOY)
+    p.set_defaults(**PRESETS[p.parse_args().preset])
+    return p.parse_args()
+
 
 def learning_rate(step, args):
-    """lr for `hold` steps, then linear to lr_end at the last."""
-    return args.lr + (args.lr_end - args.lr) * max(0.0, (step - args.hold) / max(1, args.steps - args.hold))
+    """Constant for `hold` steps, then linear from lr to lr_end."""
+    fallen = max(0.0, (step - args.hold) / max(1, args.steps - args.hold))
+    return args.lr + (args.lr_end - args.lr) * fallen
 
-def draws(args, device, step, rows, shape):
-    """What chance decides for the rows of a step, from (seed, step, row): t (b,) before the shift, label (b,)
-    kept or dropped, noise (b, N, C). Row batch_size is none: its key serves what is drawn for all rows."""
-    u = keyed_numpy(args.seed, step, args.batch_size).random((args.batch_size, 2), dtype=np.float32)
-    u = torch.from_numpy(u[rows.start:rows.stop])                                     # (b, 2)
-    noise = keyed_noise([(args.seed, step, row) for row in rows], shape, device)      # (b, N, C)
-    return draw_time(u[:, 0], args.time).to(device), (u[:, 1] >= args.label_drop).to(device), noise
 
-def main():
-    p = parser(__doc__, PRESETS)
-    flag = p.add_argument
-    flag("--decoder", help="toy, a checkpoint of train_decoder.py or released:NAME")
-    flag("--encoder", help="encoder that a bare released decoder belongs to")
-    flag("--stats", help="latent statistics file of a bare released decoder")
-    flag("--backbone", type=transformer_size, help="S B L XL or width,depth,heads (paper: XL)")
-    flag("--head", type=lambda s: s if s == "none" else transformer_size(s, 2),
-         help="wide head, likewise; none for the plain DiT (paper: G, 2048,2,16)")
-    flag("--cache-latents", metavar="DIR", help="encode all images once, into this folder")
-    flag("--no-flip", action="store_true", help="no mirror images")
-    flag("--alpha", type=float, default=None, help="schedule shift (sqrt(N C / 4096), at least 1)")
-    flag("--time", choices=["logit-normal", "uniform"], default="logit-normal", help="t before the shift")
-    flag("--label-drop", type=float, default=0.1, help="share of labels dropped, for guidance; 1: all")
-    flag("--hold", type=int, help="steps before the rate falls (paper: 40 of 800 epochs)")
-    flag("--clip", type=float, default=1.0, help="gradient norm, 0 for no clipping")
-    flag("--cfg", type=float, help="guidance of the preview samples")
-    flag("--out", default="out/diffusion", help="folder of the run")
-    flag("--sample-every", type=positive, help="steps between sample grids")
-    flag("--fid-every", type=int, default=0, help="steps between scores of new samples, 0 for none")
-    flag("--fid-num", type=positive, default=500, help="samples for a score (paper: 50000)")
-    flag("--fid-reference", default="toy", help="what fid.py takes as REFERENCE")
-    flag("--inception", help="file of the 2015 Inception weights; unset with toy: encoder features")
-    args = p.parse_args()
-    device, run = start(args), Run(args, "diffusion")
-    if run.first == args.steps:
-        return say(f"{args.out}: finished already; python sample.py --ckpt {args.out}/checkpoint.pt")
-    # Images, the frozen RAE, the model and its average.
-    rae = load_rae(args.decoder, args.encoder, args.encoder_weights, args.stats, device)
-    check(run.saved.get("latents", rae.fingerprint()) == rae.fingerprint(),
-          f"{args.decoder}: its latents are not those of {args.out}; pass another --out")
-    images = data = open_data(args.data, rae.encoder.image_size)
-    if args.cache_latents:
-        data = CachedLatents(args.cache_latents, rae.encoder, images, args.micro_batch or 64, device)
-    shape = rae.mean.shape                                                            # (N, C)
-    alpha = args.alpha or shift_alpha(*shape)
-    torch.manual_seed(args.seed)
-    head = (args.backbone[0], 0, args.backbone[2]) if args.head == "none" else args.head
-    width, depth, heads = zip(args.backbone, head)
-    model = DiTDH(shape[1], rae.encoder.grid, width, depth, heads, len(data.classes))
-    if args.init and not run.saved:
-        start_from(model, args.init)
-    model = model.to(device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()           # before any compile, float32
-    optimizer = Optimizer(model)
-    run.restore(ema=ema, model=model, optimizer=optimizer)
-    model.checkpoint_activations = args.checkpoint_activations
-    if args.compile:
-        model.compile()                                # in place: names in the checkpoint stay as they are
-    say(f"{len(data)} images, {len(data.classes)} classes; {shape[0]} tokens x {shape[1]}, "
-        f"alpha {alpha:.3f}; DiT {width} x {depth}, {sum(x.numel() for x in model.parameters()) / 1e6:.1f}M")
-    batches = Batches(data, args.batch_size, args.seed, not args.no_flip, args.micro_batch)
-    classes = list(range(model.num_classes)) if args.label_drop < 1 else [model.num_classes]
-    drawn = dict(precision=autocast(device, args), cfg=args.cfg)
-    if RANK == 0 and not run.saved:
-        show_pairs(rae, images, args.out, device)
-    for step in run.steps(batches, device, 2 * BINS + 1):             # sums: loss by bin of t, counts, norm
-        if run.due(args.log_every):
-            means, pace = run.means(optimizer)
-            losses, counts, norm = means.split([BINS, BINS, 1])
-            by_t = [s / n if n else None for s, n in zip(losses.tolist(), counts.tolist())]
-            run.log(loss=(losses.sum() / counts.sum()).item(), grad_norm=norm.item(), loss_by_t=by_t, **pace)
-        if RANK == 0 and (run.due(args.save_every) or step == 0):
-            run.save(alpha=alpha, config=model.config, classes=data.classes, latents=rae.fingerprint())
-        if RANK == 0 and run.due(args.sample_every, look=True):
-            shown = balanced_labels(classes[:10], 8 * len(classes[:10]))
-            pictures = generate(rae, ema, shown, time_grid(25, alpha), args.seed, **drawn)
-            save_grid(pictures, f"{args.out}/samples_{step:07d}.png", columns=len(classes[:10]))
-        if args.fid_every and run.due(args.fid_every, look=True):
-            scored = balanced_labels(classes, args.fid_num)
-            samples = Samples(rae, ema, scored, time_grid(50, alpha), args.seed, **drawn)
-            scores = fid.score(samples, args.fid_reference, weights=args.inception, device=device)
-            run.log(**{k: v for k, v in scores.items() if k not in ("num", "label")})
-        if run.last:
-            break
-        seen, labels = (x.to(device, non_blocking=True) for x in run.batch())         # (b, ...), (b,)
-        t, keep, noise = draws(args, device, step, batches.rows, shape)
-        labels = torch.where(keep, labels, model.num_classes)
-        losses = []
-        for part in batches.parts:
-            with autocast(device, args):
-                z = rae.normalise(seen[part].float()) if args.cache_latents else rae.encode(seen[part] / 255)
-                loss = flow_loss(model, z, labels[part], alpha, t[part], noise[part])  # (b,)
-            (loss.sum() / len(batches.rows)).backward()
-            losses.append(loss.detach())
-        norm, stepped = optimizer.update(learning_rate(step, args), args.clip)
-        if stepped:
-            update_ema(ema, model, args.ema, step)
-            bins = (shift_time(t, alpha) * BINS).long().clamp(max=BINS - 1)
-            run.sums.index_add_(0, bins, torch.cat(losses))
-            run.sums.index_add_(0, bins + BINS, torch.ones_like(t))
-            run.sums[-1] += norm
+def draw_step(args, step, rows, latent_shape, device):
+    """What chance decides in a step for these rows of the global batch; see keyed_rng in rae.py.
 
-class CachedLatents:
-    """Raw tokens of a data set, plain and flipped, in a memory-mapped float16 file (n, 2, N, C). about.json
-    binds it to the encoder and the images: ValueError where they are others, or the disk has no room."""
-    def __init__(self, folder, encoder, images, batch_size, device):
-        self.path, note = Path(folder, "latents.npy"), Path(folder, "about.json")
-        self.labels, self.classes, self.tokens = images.labels, images.classes, None
-        shape = len(images), 2, encoder.grid ** 2, encoder.dim
-        about = json.dumps(dict(encoder=encoder.fingerprint, images=images.fingerprint(), shape=shape))
-        if note.is_file() and note.read_text() == about:
-            return say(f"{folder}: latents of {len(images)} images")
-        check(not note.is_file(), f"{folder}: latents of another encoder or of other images; remove it")
-        room = 2 * math.prod(shape)
-        say(f"{folder}: encoding {len(images)} images in both flips, {room / 1e9:.3g} GB")
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        if RANK == 0:
-            self.path.unlink(missing_ok=True)          # of an attempt that was stopped
-            check(shutil.disk_usage(folder).free > room, f"{folder}: no room for {room / 1e9:.3g} GB")
-            np.lib.format.open_memmap(self.path, "w+", np.float16, shape)
-        dist.barrier()
-        file = np.lib.format.open_memmap(self.path, "r+")
-        for chosen, flip, tokens in encoded(encoder, images, batch_size, device):
-            file[chosen, flip] = tokens.cpu().numpy()
-        file.flush()
-        dist.barrier()
-        if RANK == 0:                                  # last, so that a cache with a note is whole
-            note.write_text(about)
-    def __len__(self):
-        return len(self.labels)
-    def load(self, index, rng, flip=False):
-        """(N, C) float16."""
-        if self.tokens is None:                        # opened where it is used: worker processes get no copy
-            self.tokens = np.load(self.path, mmap_mode="r")
-        return self.tokens[index, int(flip)]
+    t (b,) before the shift, whether the label is dropped (b,), noise (b, N, C).
+    """
+    # One key for all rows' numbers, that of the row after the last: a generator a row would be
+    # slow.
+    rng = keyed_rng(args.seed, step, args.global_batch_size)
+    u = rng.random((args.global_batch_size, 2), dtype=np.float32)[rows.start : rows.stop]
+    u = torch.from_numpy(u)  # (b, 2)
+    t = draw_time(u[:, 0], args.time).to(device)
+    drop = (u[:, 1] < args.label_drop).to(device)
+    noise = keyed_noise([(args.seed, step, row) for row in rows], latent_shape, device)
+    return t, drop, noise
 
-def show_pairs(rae, data, out, device):
-    """Images over their reconstructions, and the PSNR: what the diffusion model can reach at best."""
-    images = read_images(data, np.linspace(0, len(data) - 1, 16).astype(int), device)
-    again = F.adaptive_avg_pool2d(rae.decode(rae.encode(images)).clamp(0, 1), images.shape[-1])
-    quality = psnr(again, images).mean().item()
-    save_grid(torch.cat([images, again]), f"{out}/pairs.png", columns=len(images))
-    say(f"{out}/pairs.png: reconstructions at {quality:.1f} dB"
-        + ("; WARNING: the decoder looks untrained, or made for other images" if quality < 15 else ""))
 
 def start_from(model, name):
-    """Copy another model's weights; another class count keeps our fresh label table."""
-    other, mine, key = load_model(name).state_dict(), model.state_dict(), "y_embedder.embedding_table.weight"
-    if len(other[key]) != len(mine[key]):
-        say(f"{name}: {len(other[key]) - 1} classes there, {model.num_classes} here; the label table is new")
-        other[key] = mine[key]
-    load_strict(model, other, name)
+    """Copy another model's weights. Where it has other classes the label table stays as it is."""
+    other, _ = load_model(name)
+    state = other.state_dict()
+    if other.num_classes != model.num_classes:
+        print0(
+            f"{name}: {other.num_classes} classes there, {model.num_classes} here; "
+            "the label table is new"
+        )
+        table = "y_embedder.embedding_table.weight"
+        state[table] = model.state_dict()[table]
+    load_strict(model, state, name)
+
+
+@torch.no_grad()
+def draw_pairs(rae, data, path, device):
+    """Draw images over their reconstructions, the best that the diffusion model can reach."""
+    indices = np.linspace(0, len(data) - 1, 16).astype(int)
+    images = read_images(data, indices, device)  # (16, 3, H, W)
+    reconstructions = rae.decode(rae.encode(images)).clamp(0, 1)  # (16, 3, H, W)
+    quality = psnr(reconstructions, images).mean().item()
+    save_sheet(torch.cat([images, reconstructions]), path, columns=len(images))
+    print(f"{path}: reconstructions at {quality:.1f} dB", flush=True)
+    if quality < 15:
+        print("WARNING: the decoder looks untrained, or made for other images", flush=True)
+
+
+def main():
+    args = get_args()
+
+    # The process group. torchrun starts one process per GPU and tells each its number.
+    ddp = "RANK" in os.environ
+    if ddp:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+    rank, world_size = rank_and_world_size()
+    device = torch.device(args.device)
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+
+    # Precision. Matrix products run in bfloat16; weights, norms, residual streams and losses are
+    # float32.
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and args.device == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    torch.backends.cuda.matmul.allow_tf32 = bf16
+    torch.backends.cudnn.allow_tf32 = bf16
+    torch.backends.cuda.enable_cudnn_sdp(False)  # this attention gave NaN in bf16 with torch 2.13
+
+    # The frozen autoencoder and the images.
+    rae = load_rae(args.decoder, args.encoder, args.encoder_weights, args.stats, device)
+    latent_shape = rae.mean.shape  # (N, C)
+    alpha = args.alpha or shift_alpha(*latent_shape)
+    data = open_data(args.data, rae.image_size)
+    batches = StepBatches(
+        data, args.global_batch_size, args.seed, not args.no_flip, rank, world_size
+    )
+    local_batch_size = len(batches.rows)
+    micro_batch = args.micro_batch or local_batch_size
+
+    # The model, and its average, copied before anything is compiled or wrapped.
+    torch.manual_seed(args.seed)  # for the initial weights; every later draw has a key of its own
+    model = DiTDH(
+        latent_dim=latent_shape[1],
+        grid_size=rae.encoder.grid_size,
+        backbone=args.backbone,
+        wide_head=args.wide_head,
+        num_classes=len(data.classes),
+    ).to(device)
+    model.checkpoint_activations = args.checkpoint_activations
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    if args.compile:
+        model.compile()  # in place, so that parameters keep their names
+    ddp_model = model
+    if ddp:
+        device_ids = [device.index] if args.device == "cuda" else None
+        ddp_model = DistributedDataParallel(model, device_ids=device_ids)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+
+    # What the log averages since its last line: the loss and how often, by bins of t; the
+    # gradient's norm; steps that were taken, and skipped. The names on the left are views of
+    # `sums`.
+    sums = torch.zeros(2 * NUM_BINS + 3, device=device)
+    loss_sum, loss_count, norm_sum, taken, skipped = sums.split([NUM_BINS, NUM_BINS, 1, 1, 1])
+
+    # Resume, if the folder holds this very run: the same flags, images and latents.
+    out = Path(args.out)
+    settings = vars(args) | {
+        "alpha": alpha,
+        "images": data.fingerprint(),
+        "latents": rae.fingerprint(),
+    }
+    first_step = 0
+    resumed = (out / "checkpoint.pt").exists()
+    if resumed:
+        checkpoint = read_file(out / "checkpoint.pt")
+        check_same_run(out, checkpoint.get("args", {}), settings, MAY_CHANGE)
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        sums.copy_(checkpoint["sums"])
+        first_step = checkpoint["step"]
+        del checkpoint
+        print0(f"{out}: going on at step {first_step} of {args.steps}")
+    elif args.init:
+        start_from(model, args.init)
+        ema.load_state_dict(model.state_dict())
+    if all_reduce_mean(torch.tensor(float(first_step), device=device)).item() != first_step:
+        raise ValueError(f"{out}: not the same on all nodes; put --out where all of them see it")
+    if rank == 0:
+        log = open_log(out, first_step)
+        if not resumed:
+            draw_pairs(rae, data, out / "pairs.png", device)
+
+    num_parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print0(f"{device} x {world_size}, {'bf16' if bf16 else 'fp32'}")
+    print0(f"{len(data)} images of {len(data.classes)} classes")
+    print0(f"{latent_shape[0]} tokens x {latent_shape[1]}, alpha {alpha:.3f}")
+    print0(f"backbone {args.backbone}, head {args.wide_head}, {num_parameters:.1f}M parameters")
+
+    # Previews: eight rows, a column per class, from the same noise each time.
+    classes = list(range(model.num_classes))[:10]
+    if args.label_drop == 1:
+        classes = [model.num_classes]  # the null label is all that this model knows
+    preview_labels = balanced_labels(classes, 8 * len(classes))
+    preview_times = time_grid(25, alpha)
+
+    # The images of all steps that are left, read ahead by workers.
+    loader = torch.utils.data.DataLoader(
+        batches,
+        batch_size=None,  # an item is a batch already
+        sampler=range(first_step, args.steps),
+        num_workers=args.workers,
+        pin_memory=args.device == "cuda",
+    )
+    stream = iter(loader)
+
+    # Ctrl-C and SIGTERM end the run where it is. Nothing is saved then: all processes would have
+    # to agree on a step first, and the last checkpoint is minutes old.
+    step = first_step
+    saved_step = first_step
+
+    def stop(number, frame):
+        print0(f"stopped at step {step}; the same command goes on from step {saved_step}")
+        os._exit(128 + number)  # not 0: `train && sample` must not sample a half-trained model
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+    skipped_in_a_row = 0
+    logged_step = first_step
+    logged_time = time.time()
+
+    # One more turn than steps, so that the final state is saved, logged and drawn too. A resumed
+    # run begins with what was due after its checkpoint: a kill may have come between.
+    for step in range(first_step, args.steps + 1):
+        last = step == args.steps
+
+        # Save, but never while steps are being skipped: the state before may be the last good one.
+        new = step > first_step or not resumed
+        if new and (step % args.save_every == 0 or last) and skipped_in_a_row == 0:
+            all_reduce_mean(
+                sums
+            )  # so that a resumed run, which knows no processes' own sums, logs alike
+            if rank == 0:
+                checkpoint = {
+                    "model": model.state_dict(),
+                    "ema": ema.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "sums": sums,
+                    "args": settings,
+                    "config": model.config,
+                    "classes": data.classes,
+                }
+                save_file(checkpoint, out / "checkpoint.pt")
+            saved_step = step
+        if rank == 0 and args.keep_every and step > 0 and step % args.keep_every == 0:
+            kept = {
+                "ema": ema.state_dict(),
+                "args": settings,
+                "config": model.config,
+                "alpha": alpha,
+            }
+            save_file(kept, out / f"ema_{step:07d}.pt")
+
+        # Log.
+        if step > 0 and (step % args.log_every == 0 or last):
+            all_reduce_mean(sums)
+            if rank == 0:
+                num_images = (step - logged_step) * args.global_batch_size
+                numbers = {
+                    "step": step,
+                    "loss": (loss_sum.sum() / loss_count.sum().clamp(min=1)).item(),
+                    "grad_norm": (norm_sum / taken.clamp(min=1)).item(),
+                    "lr": learning_rate(step - 1, args),
+                    "skipped": int(skipped),
+                    "images_per_s": num_images / (time.time() - logged_time),
+                    "loss_by_t": (loss_sum / loss_count.clamp(min=1)).tolist(),
+                }
+                write_log(log, numbers)
+            sums.zero_()
+            logged_step = step
+            logged_time = time.time()
+
+        # Draw samples of the averaged weights.
+        if rank == 0 and step > 0 and (step % args.sample_every == 0 or last):
+            pictures = generate(
+                rae,
+                ema,
+                preview_labels,
+                preview_times,
+                args.seed,
+                autocast,
+                cfg_scale=args.cfg_scale,
+            )
+            save_sheet(pictures, out / f"samples_{step:07d}.png", columns=len(classes))
+        if last:
+            break
+
+        # This step's learning rate, images and random numbers.
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        images, labels = next(stream)
+        images = images.to(device, non_blocking=True)  # (b, 3, H, W) uint8
+        labels = labels.to(device, non_blocking=True)  # (b,)
+        t, drop, noise = draw_step(args, step, batches.rows, latent_shape, device)
+        y = torch.where(drop, model.num_classes, labels)  # (b,)
+
+        # Loss and gradient, micro_batch images at a time. DistributedDataParallel averages the
+        # gradients over the processes in the last of these backward passes.
+        losses = []
+        for start in range(0, local_batch_size, micro_batch):
+            part = slice(start, start + micro_batch)
+            is_last_part = start + micro_batch >= local_batch_size
+            with nullcontext() if is_last_part or not ddp else ddp_model.no_sync():
+                with autocast:
+                    z = rae.encode(images[part] / 255)  # (b, N, C)
+                    loss = flow_loss(ddp_model, z, y[part], alpha, t[part], noise[part])  # (b,)
+                (loss.sum() / local_batch_size).backward()
+            losses.append(loss.detach())
+
+        # The optimiser's step, unless the gradient is not finite: then the step is skipped.
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+        if norm.isfinite():
+            optimizer.step()
+            update_ema(ema, model, args.ema, step)
+            bins = (shift_time(t, alpha) * NUM_BINS).long().clamp(max=NUM_BINS - 1)  # (b,)
+            loss_sum.index_add_(0, bins, torch.cat(losses))
+            loss_count.index_add_(0, bins, torch.ones_like(t))
+            norm_sum += norm
+            taken += 1
+            skipped_in_a_row = 0
+        else:
+            skipped += 1
+            skipped_in_a_row += 1
+            if skipped_in_a_row == 5:
+                raise ValueError(
+                    "the loss was not finite for 5 steps in a row; the last checkpoint is kept: "
+                    "go on from it with --init and another --out, a lower --lr or --precision fp32"
+                )
+        optimizer.zero_grad()
+
+    print0(f"{out}: finished; python sample.py --ckpt {out}/checkpoint.pt")
+    if ddp:
+        dist.destroy_process_group()  # only here: after an error it could wait for the others
+
 
 if __name__ == "__main__":
-    cli(main)
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(error_line(error))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,34 +1,56 @@
-"""python ranks.py KEEP SCRIPT [flags]: runs a training script, alone or under torchrun, and writes for each
-process KEEP/RANK.pt: for each optimiser the gradients of its first step and its parameters at the end.
+"""Run a training script, alone or under torchrun, and keep what its optimisers did.
 
-With EPS set in the environment it becomes AdamW's eps."""
+    python ranks.py KEEP SCRIPT [flags]
+
+Each process writes KEEP/RANK.pt: for each optimiser the gradients of its first step and its
+parameters at the end, and the names of the modules that DistributedDataParallel wrapped. With EPS
+in the environment that becomes AdamW's eps.
+"""
 
 import os
 import sys
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-kept, keep = [], Path(sys.argv[1])
+optimizers = []
+wrapped = []
 
 
-class AdamW(torch.optim.AdamW):
-    def __init__(self, params, **kw):
-        super().__init__(params, **kw, eps=float(os.environ.get("EPS", 1e-8)))
-        self.grads = None
-        kept.append(self)
+class KeepingAdamW(torch.optim.AdamW):
+    def __init__(self, params, **options):
+        super().__init__(params, **options, eps=float(os.environ.get("EPS", 1e-8)))
+        self.first_gradients = None
+        optimizers.append(self)
 
     def parameters(self):
         return [p for group in self.param_groups for p in group["params"]]
 
     def step(self):
-        self.grads = self.grads or [p.grad.clone() for p in self.parameters()]
+        if self.first_gradients is None:
+            self.first_gradients = [p.grad.clone() for p in self.parameters()]
         return super().step()
 
 
-torch.optim.AdamW = AdamW
+class KeepingDDP(DistributedDataParallel):
+    def __init__(self, module, **options):
+        super().__init__(module, **options)
+        wrapped.append(type(module).__name__)
+
+
+torch.optim.AdamW = KeepingAdamW
+torch.nn.parallel.DistributedDataParallel = KeepingDDP
+keep = Path(sys.argv[1])
+rank = os.environ.get("RANK", "0")
 sys.argv = sys.argv[2:]
-__import__(Path(sys.argv[0]).stem).main()
-torch.save([{"grads": o.grads, "params": [p.detach() for p in o.parameters()]} for o in kept],
-           keep / f"{os.environ.get('RANK', 0)}.pt")
+try:
+    __import__(Path(sys.argv[0]).stem).main()
+except ValueError as error:
+    sys.exit(f"error: {error}")
+kept = []
+for optimizer in optimizers:
+    parameters = [p.detach() for p in optimizer.parameters()]
+    kept.append({"grads": optimizer.first_gradients, "params": parameters})
+torch.save({"optimizers": kept, "wrapped": wrapped}, keep / f"{rank}.pt")

@@ -1,22 +1,56 @@
-"""The released code's numbers (tests/golden, commit a4d18c4), and its files: load, export, refuse."""
+"""The released numbers (tests/golden, commit a4d18c4), and its files: load, export, refuse."""
+
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import gap, tokens
-from dit_dh import DiTDH, SIZES, flow_loss, load_released, sample, shift_time, time_grid
-from rae import DECODERS, RAE, Decoder, Encoder, build_encoder, load_released_decoder
+
+from dit_dh import SIZES, DiTDH, flow_loss, load_released, sample, shift_time, time_grid
+from rae import (
+    DECODERS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    RAE,
+    Decoder,
+    Encoder,
+    build_encoder,
+    load_released_decoder,
+)
+from train_decoder import (
+    Discriminator,
+    ViTFeatures,
+    adaptive_weight,
+    diffaug,
+    generator_loss,
+    hinge_loss,
+)
 
 KINDS = ["dinov2", "mae", "siglip"]
 
 
-def golden_rae(g, **replace):
+def golden_rae(g, **replaced):
+    """The RAE of an entry of rae.pt; some of its decoder's tensors may be replaced."""
     from timm.models.vision_transformer import VisionTransformer
+
     vit = VisionTransformer(**g["timm_kwargs"])
-    vit.load_state_dict(g["encoder_state_dict"], strict=False)    # siglip's unused pooling is not in the file
-    encoder = Encoder(vit, g["encoder_input_size"], g["image_mean"], g["image_std"],
-                      antialias=g["kind"] == "dinov2")
-    decoder = load_released_decoder(g["decoder_state_dict"] | replace, heads=g["decoder_config"]["heads"])
+    # Not strict: siglip's pooling, which nothing runs, is not in the file.
+    vit.load_state_dict(g["encoder_state_dict"], strict=False)
+    antialias = g["kind"] == "dinov2"
+    encoder = Encoder(vit, g["encoder_input_size"], g["image_mean"], g["image_std"], antialias)
+    state = g["decoder_state_dict"] | replaced
+    decoder = load_released_decoder(state, num_heads=g["decoder_config"]["heads"])
     return RAE(encoder, decoder, g["stat"]["mean"], g["stat"]["var"]).eval()
+
+
+def inputs_of(g):
+    """x_t, t and y of an entry, as the model takes them."""
+    return tokens(g["x"]), g["t"], g["y"]
+
+
+# ---------------------------------------------------------------------------------------------
+# The autoencoder (rae.pt)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -28,187 +62,446 @@ def test_rae(golden, kind):
         assert gap(rae.decode(tokens(g["latent"])), g["reconstruction"]) <= 2e-5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_of_twice_the_size_are_resized_once(golden, kind):
+    """As released: one bicubic step to the encoder's input, not antialiased, before the colours."""
+    g = golden["rae"][kind]
+    rae = golden_rae(g)
+    size = (g["encoder_input_size"], g["encoder_input_size"])
+    big = torch.rand(2, 3, 2 * size[0], 2 * size[1])
+    small = F.interpolate(big, size, mode="bicubic", align_corners=False, antialias=False)
+
+    # The released encode(), written out a second time.
+    mean = torch.tensor(g["image_mean"]).view(1, 3, 1, 1)
+    std = torch.tensor(g["image_std"]).view(1, 3, 1, 1)
+    vit = rae.encoder.vit
+    with torch.no_grad():
+        x = vit.forward_features((small - mean) / std)[:, vit.num_prefix_tokens :]  # (B, N, C)
+        h = size[0] // vit.patch_embed.patch_size[0]
+        latent = x.transpose(1, 2).reshape(2, -1, h, h)  # (B, C, h, w)
+        latent = (latent - g["stat"]["mean"]) / (g["stat"]["var"] + 1e-5).sqrt()
+
+        z = rae.encode(big)
+        assert gap(z, tokens(latent)) <= 2e-5
+        assert gap(z, rae.encode(small)) <= 2e-5
+        blurred = F.interpolate(big, size, mode="bicubic", antialias=True)
+        assert gap(z, rae.encode(blurred)) > 1e-2
+
+
 def test_positions_need_the_right_antialias(golden):
     g = golden["rae"]["mae"]
-    rae = golden_rae(g | {"kind": "dinov2"})                         # antialiased, as timm would do by itself
+    rae = golden_rae(g | {"kind": "dinov2"})  # antialiased, as timm would do by itself
     assert gap(rae.encode(g["image"]), tokens(g["latent"])) > 1e-4
+
+
+# ---------------------------------------------------------------------------------------------
+# The diffusion model (dit_dh.pt and dit.pt)
 
 
 def test_velocity(golden):
     g = golden["dit_dh"]
-    model, guide = load_released(g["state_dict"]), load_released(g["guide_state_dict"])
-    x, t, y = tokens(g["x"]), g["t"], g["y"]
+    model = load_released(g["state_dict"])
+    guide = load_released(g["guide_state_dict"])
+    x, t, y = inputs_of(g)
+    null = torch.full_like(y, g["num_classes"])
     with torch.no_grad():
         assert gap(model(x, t, y), tokens(g["velocity"])) <= 2e-5
-        assert gap(model(x, t, torch.full_like(y, g["num_classes"])), tokens(g["velocity_null"])) <= 2e-5
+        assert gap(model(x, t, null), tokens(g["velocity_null"])) <= 2e-5
         assert gap(guide(x, t, y), tokens(g["velocity_guide"])) <= 2e-5
 
 
-def test_guided_velocity(golden):
+@pytest.mark.parametrize("kind", ["cfg", "autoguidance"])
+def test_guided_velocity(golden, kind):
     """One Euler step of length 1 takes x to x - v: the guided velocity at the golden times."""
     g = golden["dit_dh"]
-    model, guide = load_released(g["state_dict"]), load_released(g["guide_state_dict"])
+    model = load_released(g["state_dict"])
+    if kind == "cfg":
+        guidance = {"cfg_scale": g["scale"]}
+    else:
+        guide = load_released(g["guide_state_dict"])
+        guidance = {"guide": guide, "guide_scale": g["scale"]}
     for i, now in enumerate(g["t"].tolist()):
-        x, y = tokens(g["x"])[i:i + 1], g["y"][i:i + 1]
-        grid = torch.tensor([now, now - 1], dtype=torch.float64)
-        for name, how in (("velocity_cfg", dict(cfg=g["scale"])),
-                          ("velocity_autoguidance", dict(guide=guide, scale=g["scale"]))):
-            v = x - sample(model, x, y, grid, interval=g["interval"], **how)
-            assert gap(v, tokens(g[name])[i:i + 1]) <= 2e-5
+        x = tokens(g["x"])[i : i + 1]
+        y = g["y"][i : i + 1]
+        timesteps = torch.tensor([now, now - 1], dtype=torch.float64)
+        v = x - sample(model, x, y, timesteps, interval=g["interval"], **guidance)
+        assert gap(v, tokens(g[f"velocity_{kind}"])[i : i + 1]) <= 2e-5
 
 
 def test_plain_dit(golden):
     g = golden["dit"]
     model = load_released(g["state_dict"])
-    x, null = tokens(g["x"]), torch.full_like(g["y"], g["num_classes"])
-    assert model.depth == (2, 0)
+    assert not model.has_wide_head
+    assert model.backbone_depth == 2
+    x, t, y = inputs_of(g)
+    null = torch.full_like(y, g["num_classes"])
     with torch.no_grad():
-        assert gap(model(x, g["t"], g["y"]), tokens(g["velocity"])) <= 2e-5
-        assert gap(model(x, g["t"], null), tokens(g["velocity_null"])) <= 2e-5
+        assert gap(model(x, t, y), tokens(g["velocity"])) <= 2e-5
+        assert gap(model(x, t, null), tokens(g["velocity_null"])) <= 2e-5
 
 
 def test_samples(golden):
     g = golden["dit_dh"]
-    model, guide = load_released(g["state_dict"]), load_released(g["guide_state_dict"])
-    grid = time_grid(g["num_steps"] - 1, g["shift"], t_last=0.001)    # the released grid
-    assert gap(grid, g["t_grid"]) <= 1e-6
-    how = dict(noise=tokens(g["x"]), y=g["y"], grid=grid, interval=g["interval"])
-    assert gap(sample(model, **how), tokens(g["sample"])) <= 1e-4
-    assert gap(sample(model, cfg=g["scale"], **how), tokens(g["sample_cfg"])) <= 1e-4
-    assert gap(sample(model, guide=guide, scale=g["scale"], **how), tokens(g["sample_autoguidance"])) <= 1e-4
+    model = load_released(g["state_dict"])
+    guide = load_released(g["guide_state_dict"])
+    timesteps = time_grid(g["num_steps"] - 1, g["shift"], t_last=0.001)  # the released grid
+    assert gap(timesteps, g["t_grid"]) <= 1e-6
+    for name, guidance in (
+        ("sample", {}),
+        ("sample_cfg", {"cfg_scale": g["scale"]}),
+        ("sample_autoguidance", {"guide": guide, "guide_scale": g["scale"]}),
+    ):
+        z = sample(model, tokens(g["x"]), g["y"], timesteps, interval=g["interval"], **guidance)
+        assert gap(z, tokens(g[name])) <= 1e-4, name
 
 
 def test_loss(golden):
-    g, i = golden["dit_dh"], golden["dit_dh"]["loss_inputs"]
-    assert gap(shift_time(i["t_before_shift"], g["shift"]), i["t_after_shift"]) <= 1e-6
-    loss = flow_loss(load_released(g["state_dict"]), tokens(i["data"]), i["y"], g["shift"],
-                     i["t_before_shift"],
-                     tokens(i["noise"]))
+    g = golden["dit_dh"]
+    drawn = g["loss_inputs"]
+    t = drawn["t_before_shift"]
+    assert gap(shift_time(t, g["shift"]), drawn["t_after_shift"]) <= 1e-6
+    model = load_released(g["state_dict"])
+    z = tokens(drawn["data"])
+    loss = flow_loss(model, z, drawn["y"], g["shift"], t, tokens(drawn["noise"]))
     assert gap(loss, g["loss_per_sample"]) <= 1e-5
 
 
-def test_released_positions_and_frequencies_are_loaded_not_recomputed(golden):
+# ---------------------------------------------------------------------------------------------
+# One step of stage 1 (stage1.pt), through the functions that the loop of train_decoder.py calls
+
+
+def relative_gap(a, b):
+    """The largest difference, relative to the largest number."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def our_head_names(state):
+    """The released heads' tensors under the names that Discriminator gives them."""
+    parts = {"0.0": "first.0", "0.1": "first.1", "1.fn.0": "mix.0", "1.fn.1": "mix.1", "2": "last"}
+    ours = {}
+    for name, tensor in state.items():
+        head, _, rest = name.partition(".")
+        part, _, kind = rest.rpartition(".")
+        ours[f"heads.{head}.{parts[part]}.{kind}"] = tensor
+    return ours
+
+
+@pytest.fixture
+def stage1(golden):
+    """The golden step, the frozen features, the discriminator before it and the golden RAE.
+
+    On one thread, as the numbers were computed.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    g = golden["stage1"]
+    vit = VisionTransformer(**g["dino_timm_kwargs"], dynamic_img_size=True)
+    vit.load_state_dict(g["dino_state_dict"], strict=False)
+    features = ViTFeatures(Encoder(vit, 224, IMAGENET_MEAN, IMAGENET_STD))
+    assert features.blocks == [0, 1, 2, 3]
+    discriminator = Discriminator(features.width, num_layers=5)
+    discriminator.load_state_dict(our_head_names(g["heads_state_dict"]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield g, features, discriminator, golden_rae(golden["rae"]["mae"])
+    torch.set_num_threads(threads)
+
+
+def below_zero(module, inputs, y):
+    """A forward hook that moves outputs within 1e-6 of zero below it.
+
+    One activation of the golden step lies so near to LeakyReLU's kink, at 6e-7, that rounding
+    decides on its side, and with it moves some gradients by 1e-3. In the golden run it is below.
+    """
+    return torch.where(y.abs() < 1e-6, y - 2e-6, y)
+
+
+def test_a_step_of_stage1(stage1):
+    """Both turns of a step, each number to 1e-5 of its largest entry.
+
+    The golden discriminator's gradients were not zeroed between the turns: d_gradients and
+    heads_after_step hold the generator's turn too. So here the discriminator gets gradients in
+    both. The released loop and ours zero them (train_stage1.py, line 428 at commit a4d18c4).
+    """
+    g, features, discriminator, rae = stage1
+    optimizer = torch.optim.AdamW(
+        discriminator.parameters(), lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0
+    )
+
+    # The decoder's turn.
+    discriminator.eval()
+    last_layer = rae.decoder.decoder_pred.weight
+    reconstruction = rae.decode_tokens(g["tokens"])
+    rec_loss = (reconstruction - g["images"]).abs().mean()
+    (logits,) = discriminator(features(reconstruction))
+    gan_loss = generator_loss(logits)
+    (g_rec,) = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)
+    (g_gan,) = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)
+    weight = adaptive_weight(g_rec, g_gan)
+    total = rec_loss + 0.75 * weight * gan_loss
+    total.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in rae.decoder.parameters()])
+    assert relative_gap(reconstruction, g["reconstruction"]) <= 1e-5
+    assert relative_gap(logits, g["logits_generator"]) <= 1e-5
+    assert relative_gap(rec_loss, g["l1"]) <= 1e-5
+    assert relative_gap(gan_loss, g["gan_loss"]) <= 1e-5
+    assert relative_gap(weight, g["adaptive_weight"]) <= 1e-5
+    assert relative_gap(total, g["total"]) <= 1e-5
+    assert relative_gap(last_layer.grad, g["grad_last_layer"]) <= 1e-5
+    assert relative_gap(norm, g["grad_decoder_norm"]) <= 1e-5
+
+    # The discriminator's turn: two power iterations, of the fake batch and then of the real one.
+    discriminator.heads[4].mix[1].register_forward_hook(below_zero)
+    discriminator.train()
+    fake_features = features((g["fake"] + 1) / 2)
+    real_features = features(g["images"])
+    logits_fake, logits_real = discriminator(fake_features, real_features)
+    d_loss = hinge_loss(logits_real, logits_fake)
+    d_loss.backward()
+    assert relative_gap(logits_fake, g["logits_fake"]) <= 1e-5
+    assert relative_gap(logits_real, g["logits_real"]) <= 1e-5
+    assert relative_gap(d_loss, g["d_loss"]) <= 1e-5
+
+    gradients = our_head_names(g["d_gradients"])
+    for name, parameter in discriminator.named_parameters():
+        # A bias before a norm changes nothing, so that its gradient is rounding, about 1e-9.
+        scale = max(gradients[name].abs().max().item(), 1e-3)
+        assert (parameter.grad - gradients[name]).abs().max() <= 1e-5 * scale, name
+    optimizer.step()
+    after = our_head_names(g["heads_after_step"])
+    state = discriminator.state_dict()
+    assert state.keys() == after.keys()
+    for name, tensor in after.items():
+        if not name.endswith(("first.0.bias", "mix.0.bias")):  # AdamW scales that rounding up
+            assert relative_gap(state[name], tensor) <= 1e-5, name
+
+
+def test_diffaug_is_the_released_one(golden):
+    g = golden["stage1"]
+    assert relative_gap(diffaug(g["diffaug_in"], g["diffaug_u"]), g["diffaug_out"]) <= 1e-5
+
+
+# ---------------------------------------------------------------------------------------------
+# Files in the released names
+
+
+@pytest.mark.parametrize("name", ["dit_dh", "dit"])
+@pytest.mark.parametrize("key", ["pos_embed", "t_embedder.W"])
+def test_positions_and_frequencies_are_loaded_not_recomputed(golden, name, key):
+    g = golden[name]
+    changed = g["state_dict"][key].clone()
+    changed.view(-1)[3] += 0.5
+    model = load_released(g["state_dict"] | {key: changed})
+    with torch.no_grad():
+        assert gap(model(*inputs_of(g)), tokens(g["velocity"])) > 1e-4
+
+
+def test_decoder_positions_are_loaded_not_recomputed(golden):
     g = golden["rae"]["dinov2"]
     pos = g["decoder_state_dict"]["decoder_pos_embed"].clone()
-    pos[0, 0, 0] += 1                                                 # the CLS row too
+    pos[0, 0, 0] += 1  # the CLS row too
+    z = tokens(g["latent"])
     with torch.no_grad():
-        z = tokens(g["latent"])
-        assert gap(golden_rae(g).decode(z), golden_rae(g, decoder_pos_embed=pos).decode(z)) > 1e-4
-        for name in ("dit_dh", "dit"):
-            g = golden[name]
-            for key in ("pos_embed", "t_embedder.W"):
-                state = g["state_dict"] | {key: g["state_dict"][key].clone()}
-                state[key].view(-1)[3] += 0.5
-                args = tokens(g["x"]), g["t"], g["y"]
-                assert gap(load_released(state)(*args), tokens(g["velocity"])) > 1e-4
+        changed = golden_rae(g, decoder_pos_embed=pos).decode(z)
+        assert gap(golden_rae(g).decode(z), changed) > 1e-4
 
 
-def test_export_is_the_released_file(golden):
-    for name in ("dit_dh", "dit"):
-        state = golden[name]["state_dict"]
-        model = load_released(state)
-        again = model.state_dict()
-        assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
-        args = tokens(golden[name]["x"]), golden[name]["t"], golden[name]["y"]
-        assert torch.equal(load_released(again)(*args), model(*args))
-    for kind in KINDS:
-        state = golden["rae"][kind]["decoder_state_dict"]
-        again = load_released_decoder(state, heads=2).state_dict()
-        assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
+def assert_same_tensors(a, b):
+    """That two state dicts have the same names and the same numbers."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("width, depth, heads", [((24, 48), (3, 1), (2, 3)), ((48, 48), (1, 2), (4, 4)),
-                                                 ((40, 32), (2, 3), (5, 2)), ((24, 24), (2, 0), (3, 3))])
-def test_export_then_load_other_shapes(width, depth, heads):
-    model = DiTDH(20, 5, width, depth, heads, num_classes=7).eval()
+@pytest.mark.parametrize("name", ["dit_dh", "dit"])
+def test_export_is_the_released_file(golden, name):
+    g = golden[name]
+    model = load_released(g["state_dict"])
+    assert_same_tensors(model.state_dict(), g["state_dict"])
+    again = load_released(model.state_dict())
+    assert torch.equal(again(*inputs_of(g)), model(*inputs_of(g)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoder_export_is_the_released_file(golden, kind):
+    state = golden["rae"][kind]["decoder_state_dict"]
+    decoder = load_released_decoder(state, num_heads=2)
+    assert_same_tensors(decoder.state_dict(), state)
+
+
+@pytest.mark.parametrize(
+    "backbone, wide_head",
+    [
+        ((24, 3, 2), (48, 1, 3)),
+        ((48, 1, 4), (48, 2, 4)),
+        ((40, 2, 5), (32, 3, 2)),
+        ((24, 2, 3), None),
+    ],
+)
+def test_export_then_load_other_shapes(backbone, wide_head):
+    model = DiTDH(20, 5, backbone, wide_head, num_classes=7).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     again = load_released(model.state_dict())
     assert again.config == model.config
-    args = torch.randn(2, 25, 20), torch.rand(2), torch.tensor([0, 7])
-    assert torch.equal(again(*args), model(*args))
+    inputs = (torch.randn(2, 25, 20), torch.rand(2), torch.tensor([0, 7]))
+    assert torch.equal(again(*inputs), model(*inputs))
+
+
+def test_a_checkpoint_brings_its_sizes():
+    """A head as wide as the backbone, of three blocks: the shapes would be read as two."""
+    model = DiTDH(20, 5, (24, 2, 2), (24, 3, 3), num_classes=7)
+    state = model.state_dict()
+    again = load_released({"ema": state, "config": model.config})
+    assert again.config == model.config
+    assert_same_tensors(again.state_dict(), state)
+    assert load_released(state).config["wide_head"] == (24, 2, 3)
 
 
 def test_decoder_shapes_are_read_from_the_file():
     decoder = Decoder(20, 6, 32, 40, 3, 5, 56)
-    again = load_released_decoder(decoder.state_dict(), heads=5)
+    state = decoder.state_dict()
+    again = load_released_decoder(state, num_heads=5)
+    assert (again.latent_dim, again.grid_size, again.patch_size) == (20, 6, 32)
+    assert len(again.decoder_layers) == 3
     z = torch.randn(2, 36, 20)
-    assert again.config == decoder.config and torch.equal(again(z), decoder(z))
-    with pytest.raises(ValueError, match="heads"):
-        load_released_decoder(decoder.state_dict())
+    assert torch.equal(again(z), decoder(z))
+    assert torch.equal(load_released_decoder({"ema": state, "num_heads": 5})(z), decoder(z))
+    with pytest.raises(ValueError, match="width 40 is of no known size; pass num_heads"):
+        load_released_decoder(state)
+
+
+# ---------------------------------------------------------------------------------------------
+# Wrong files
+
+
+def assert_wrong_tensors_are_named(load, state):
+    """That load refuses a dict with a tensor missing, misshapen or too many, by its name."""
+    for name in state:
+        without = {other: tensor for other, tensor in state.items() if other != name}
+        with pytest.raises(ValueError, match=re.escape(name)):
+            load(without)
+    with pytest.raises(ValueError, match="Unexpected key.*more.weight"):
+        load(state | {"more.weight": torch.zeros(3)})
 
 
 def test_wrong_files_name_the_tensor(golden):
-    dit, decoder = golden["dit_dh"]["state_dict"], golden["rae"]["mae"]["decoder_state_dict"]
-    with pytest.raises(ValueError, match="decoder"):
-        load_released(decoder)
-    with pytest.raises(ValueError, match="diffusion model"):
-        load_released_decoder(dit, heads=2)
-    for load, state, extra in ((load_released, dit, {}), (load_released_decoder, decoder, {"heads": 2})):
-        for key in state:
-            with pytest.raises(ValueError, match=key.replace(".", r"\.")):
-                load({k: v for k, v in state.items() if k != key}, **extra)
-        with pytest.raises(ValueError, match="nexpected.*more.weight|more.weight is unexpected"):
-            load(state | {"more.weight": torch.zeros(3)}, **extra)
-    bare = {k: v for k, v in dit.items() if "rope" not in k}           # without tables, heads must be given
-    with pytest.raises(ValueError, match="pass heads"):
-        load_released(bare)
-    assert load_released(bare, heads=(2, 2)).config == load_released(dit).config
+    for name in ("dit_dh", "dit"):
+        assert_wrong_tensors_are_named(load_released, golden[name]["state_dict"])
+    state = golden["dit_dh"]["state_dict"]
     with pytest.raises(ValueError, match=r"mismatch for blocks.1.attn.qkv.weight.*72, 25"):
-        load_released(dit | {"blocks.1.attn.qkv.weight": torch.zeros(72, 25)})
-    g = golden["rae"]["mae"]
+        load_released(state | {"blocks.1.attn.qkv.weight": torch.zeros(72, 25)})
+
+
+def test_wrong_decoder_files_name_the_tensor(golden):
+    def load(x):
+        return load_released_decoder(x, num_heads=2)
+
+    state = golden["rae"]["mae"]["decoder_state_dict"]
+    assert_wrong_tensors_are_named(load, state)
+    with pytest.raises(ValueError, match=r"mismatch for decoder_layers.1.output.dense.*24, 41"):
+        load(state | {"decoder_layers.1.output.dense.weight": torch.zeros(24, 41)})
+
+
+def test_models_and_decoders_are_told_apart(golden):
+    with pytest.raises(ValueError, match="an RAE decoder, not a diffusion model"):
+        load_released(golden["rae"]["mae"]["decoder_state_dict"])
+    with pytest.raises(ValueError, match="a diffusion model, not an RAE decoder"):
+        load_released_decoder(golden["dit_dh"]["state_dict"], num_heads=2)
+
+
+@pytest.mark.parametrize("name, num_heads", [("dit_dh", (2, 2)), ("dit", (2, None))])
+def test_files_without_rotary_tables_need_num_heads(golden, name, num_heads):
+    state = golden[name]["state_dict"]
+    bare = {key: tensor for key, tensor in state.items() if "rope" not in key}
+    with pytest.raises(ValueError, match="rope.freqs_cos is missing; pass num_heads"):
+        load_released(bare)
+    again = load_released(bare, num_heads=num_heads)
+    assert again.config == load_released(state).config
+    assert_same_tensors(again.state_dict(), state)
+
+
+def test_parts_that_do_not_fit(golden):
+    rae = golden_rae(golden["rae"]["mae"])  # 3 x 3 tokens of 24 channels
     with pytest.raises(ValueError, match=r"statistics mean have shape \(24, 4, 4\)"):
-        RAE(golden_rae(g).encoder, golden_rae(g).decoder, torch.zeros(24, 4, 4), torch.ones(24, 4, 4))
-    with pytest.raises(ValueError, match="channels 20 .* 24"):
-        RAE(golden_rae(g).encoder, Decoder(20, 3, 16, 24, 1, 2, 40))
-    with pytest.raises(ValueError, match="grid 4 .* 3"):
-        RAE(golden_rae(g).encoder, Decoder(24, 4, 16, 24, 1, 2, 40))
+        RAE(rae.encoder, rae.decoder, torch.zeros(24, 4, 4), torch.ones(24, 4, 4))
+    with pytest.raises(ValueError, match=r"statistics std have shape \(24, 4, 4\)"):
+        RAE(rae.encoder, rae.decoder, torch.zeros(24, 3, 3), torch.ones(24, 4, 4))
+    with pytest.raises(ValueError, match="channels 20 and 24"):
+        RAE(rae.encoder, Decoder(20, 3, 16, 24, 1, 2, 40))
+    with pytest.raises(ValueError, match="grid 4 and 3"):
+        RAE(rae.encoder, Decoder(24, 4, 16, 24, 1, 2, 40))
 
 
-def parameters(make):
+# ---------------------------------------------------------------------------------------------
+# Full sizes
+
+
+def million_parameters(model_class, *arguments):
     with torch.device("meta"):
-        return round(sum(p.numel() for p in make().parameters()) / 1e6, 1)
+        model = model_class(*arguments)
+    return round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
 
 
-@pytest.mark.parametrize("size, dit, dit_dh", [("S", 33.6, 196.5), ("B", 131.9, 294.3), ("L", 459.9, 621.7),
-                                               ("XL", 677.2, 838.7)])
+@pytest.mark.parametrize(
+    "size, dit, dit_dh",
+    [("S", 33.6, 196.5), ("B", 131.9, 294.3), ("L", 459.9, 621.7), ("XL", 677.2, 838.7)],
+)
 def test_parameter_counts(size, dit, dit_dh):
-    width, depth, heads = SIZES[size]
-    assert parameters(lambda: DiTDH(768, 16, (width, width), (depth, 0), (heads, heads), 1000)) == dit
-    assert parameters(lambda: DiTDH(768, 16, (width, 2048), (depth, 2), (heads, 16), 1000)) == dit_dh
+    assert million_parameters(DiTDH, 768, 16, SIZES[size], None, 1000) == dit
+    assert million_parameters(DiTDH, 768, 16, SIZES[size], (2048, 2, 16), 1000) == dit_dh
 
 
 @pytest.mark.parametrize("size, millions", [("B", 86.4), ("L", 304.2), ("XL", 415.4)])
 def test_decoder_parameter_counts(size, millions):
-    width, depth, heads, mlp_dim = DECODERS[size]
-    assert parameters(lambda: Decoder(768, 16, 16, width, depth, heads, mlp_dim)) == millions
+    assert million_parameters(Decoder, 768, 16, 16, *DECODERS[size]) == millions
 
 
-@pytest.mark.parametrize("head", SIZES)
-def test_heads_of_every_size(head):
+@pytest.mark.parametrize("size", SIZES)
+def test_wide_heads_of_every_size(size):
+    width, _, num_heads = SIZES[size]
     with torch.device("meta"):
-        model = DiTDH(768, 16, (384, SIZES[head][0]), (1, 2), (6, SIZES[head][2]), 10)
-    assert model.blocks[1].norm1.weight.numel() == SIZES[head][0]
+        model = DiTDH(768, 16, (384, 1, 6), (width, 2, num_heads), 10)
+    assert model.blocks[1].norm1.weight.numel() == width
 
 
-@pytest.mark.parametrize("name, dim", [
-    ("dinov2-s", 384), ("dinov2-b", 768), ("siglip2-b", 768), ("mae-b", 768),
-    ("timm:vit_tiny_patch16_224", 192), pytest.param("dinov2-l", 1024, marks=pytest.mark.slow)])
-def test_encoders_at_full_size(name, dim, monkeypatch):
+@pytest.mark.parametrize(
+    "name, latent_dim",
+    [
+        ("dinov2-s", 384),
+        ("dinov2-b", 768),
+        ("siglip2-b", 768),
+        ("mae-b", 768),
+        ("timm:vit_tiny_patch16_224", 192),
+        pytest.param("dinov2-l", 1024, marks=pytest.mark.slow),
+    ],
+)
+def test_encoders_at_full_size(name, latent_dim, monkeypatch):
     """Random weights: the shapes at 256 and 512 px, frozen under train(), affine-free last norm."""
     import timm
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda *a, pretrained, **kw: create(*a, pretrained=False, **kw))
-    for size, tokens_ in ((256, 256), (512, 1024)):
+
+    create_model = timm.create_model
+
+    def without_download(model, pretrained, **options):
+        return create_model(model, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", without_download)
+    for size, num_tokens in ((256, 256), (512, 1024)):
         encoder = build_encoder(name, size).train()
-        assert not encoder.training and not encoder.vit.training
-        assert not any(p.requires_grad for p in encoder.parameters()) and encoder.vit.norm.weight is None
+        assert not encoder.training
+        assert not encoder.vit.training
+        assert not any(p.requires_grad for p in encoder.parameters())
+        assert encoder.vit.norm.weight is None
         assert encoder.input_size == (size * 14 // 16 if "dinov2" in name else size)
-        if size == 256 or dim < 768:               # 1024 tokens of a base model: the positions' shape must do
+        assert encoder.grid_size**2 == num_tokens
+        assert encoder.latent_dim == latent_dim
+        assert encoder.vit.pos_embed.shape[1] in (num_tokens, num_tokens + 1)
+        # 1,024 tokens of a base model take long: there the shape of the positions must do.
+        if size == 256 or latent_dim < 768:
             z = encoder(torch.rand(1, 3, size, size))
-            assert z.shape == (1, tokens_, dim) and z.var(-1).sub(1).abs().max() < 0.01
-        assert encoder.grid ** 2 == tokens_ and encoder.dim == dim
-        assert encoder.vit.pos_embed.shape[1] in (tokens_, tokens_ + 1)
+            assert z.shape == (1, num_tokens, latent_dim)
+            assert z.var(-1).sub(1).abs().max() < 0.01
     x = torch.linspace(-3, 3, 50)
-    kind = "tanh" if name == "siglip2-b" else "none"
-    assert gap(encoder.vit.blocks[0].mlp.act(x), torch.nn.functional.gelu(x, approximate=kind)) < 1e-6
+    gelu = F.gelu(x, approximate="tanh" if name == "siglip2-b" else "none")
+    assert gap(encoder.vit.blocks[0].mlp.act(x), gelu) < 1e-6

@@ -1,4 +1,4 @@
-"""handout.py: its table is right, each exercise fails without its functions and passes with them."""
+"""handout.py: its table is right, each exercise fails without its functions, passes with them."""
 
 import ast
 import os
@@ -8,82 +8,112 @@ import sys
 
 import pytest
 from conftest import ROOT
-from handout import EXERCISES, find, write
+from handout import EXERCISES, find, write_copy
 
-FUNCTIONS = [(file, name) for _, file, names, *_ in EXERCISES for name in names.split()]
-TESTS = [exercise[3].split() for exercise in EXERCISES]
+FUNCTIONS = []  # (file, name)
+for exercise in EXERCISES:
+    FUNCTIONS += [(exercise["file"], name) for name in exercise["functions"]]
 
 
 def handout(out):
-    return subprocess.run([sys.executable, f"{ROOT}/tests/handout.py", str(out)], capture_output=True,
-                          text=True)
+    return subprocess.run(
+        [sys.executable, f"{ROOT}/tests/handout.py", str(out)], capture_output=True, text=True
+    )
 
 
 def put_back(copy, file, name):
     """Give a function of the copy its body again."""
-    source, theirs = (ROOT / file).read_text(), (copy / file).read_text()
-    a, b, lines = find(source, name), find(theirs, name), theirs.split("\n")
-    lines[b.lineno - 1:b.end_lineno] = source.split("\n")[a.lineno - 1:a.end_lineno]
+    source = (ROOT / file).read_text()
+    changed = (copy / file).read_text()
+    ours = find(source, name)
+    theirs = find(changed, name)
+    body = source.split("\n")[ours.lineno - 1 : ours.end_lineno]
+    lines = changed.split("\n")
+    lines[theirs.lineno - 1 : theirs.end_lineno] = body
     (copy / file).write_text("\n".join(lines))
 
 
 def results(copy, exercises):
     """What became of each exercise's tests in the copy: a set of "PASSED" and "FAILED".
 
-    FAILED is by NotImplementedError alone; any other end of a test, a skip too, is an error here."""
-    tests = [test for i in exercises for test in TESTS[i]]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rfEp", "--tb=no", *tests], cwd=copy,
-                          env=os.environ | {"COLUMNS": "300"}, capture_output=True, text=True)
-    said = dict.fromkeys(tests, ())
+    FAILED is by NotImplementedError alone; any other end of a test, a skip too, is an error here.
+    """
+    tests = []
+    for exercise in exercises:
+        tests += exercise["tests"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rfEp", "--tb=no", *tests],
+        cwd=copy,
+        env=os.environ | {"COLUMNS": "300"},
+        capture_output=True,
+        text=True,
+    )
+    ends = {test: set() for test in tests}
     for word, test, why in re.findall(r"^(PASSED|FAILED) ([^\s\[]+)\S*(.*)$", done.stdout, re.M):
         assert word == "PASSED" or why.startswith(" - NotImplementedError"), (test, why)
-        said[test] = {word, *said[test]}
-    assert all(said.values()), done.stdout[-3000:] + done.stderr[-1000:]
-    return [set().union(*(said[test] for test in TESTS[i])) for i in exercises]
+        ends[test].add(word)
+    assert all(ends.values()), done.stdout[-3000:] + done.stderr[-1000:]
+    return [set().union(*(ends[test] for test in exercise["tests"])) for exercise in exercises]
 
 
 def test_the_table_names_what_is_there():
-    assert len(EXERCISES) == 8 and len(set(FUNCTIONS)) == len(FUNCTIONS)
+    assert len(EXERCISES) == 8
+    assert len(set(FUNCTIONS)) == len(FUNCTIONS)
+    readme = (ROOT / "README.md").read_text()
     for file, name in FUNCTIONS:
         node = find((ROOT / file).read_text(), name)
-        assert ast.get_docstring(node) and len(node.body) > 1, name
-    readme = (ROOT / "README.md").read_text()
-    assert all(f"`{name}`" in readme for _, name in FUNCTIONS)
-    for file, name in (test.split("::") for tests in TESTS for test in tests):
-        assert find((ROOT / file).read_text(), name) and f" {name}" in readme
+        assert ast.get_docstring(node), name
+        assert len(node.body) > 1, name
+        assert f"`{name}`" in readme
+    for exercise in EXERCISES:
+        for test in exercise["tests"]:
+            file, name = test.split("::")
+            assert find((ROOT / file).read_text(), name)
+            assert f" {name}" in readme
 
 
 def test_exercises_fail_and_pass_again(tmp_path):
-    copy, everything = tmp_path / "copy", range(len(EXERCISES))
-    said = handout(copy)
-    assert said.returncode == 0 and said.stdout.count("pytest tests/") == 8, said.stderr
+    copy = tmp_path / "copy"
+    done = handout(copy)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pytest tests/") == 8
     assert {f.name for f in ROOT.glob("*.py")} == {f.name for f in copy.glob("*.py")}
-    assert (copy / "assets/toy_decoder.pt").exists() and (copy / "LICENSE").exists()
-    assert not (copy / ".git").exists() and not list(copy.rglob("*.pyc"))
-    assert results(copy, everything) == [{"FAILED"}] * 8
+    assert (copy / "assets" / "toy_decoder.pt").exists()
+    assert (copy / "LICENSE").exists()
+    assert not (copy / ".git").exists()
+    assert not list(copy.rglob("*.pyc"))
+
+    assert results(copy, EXERCISES) == [{"FAILED"}] * 8
     for file, name in FUNCTIONS:
         put_back(copy, file, name)
-    assert all((copy / file).read_bytes() == (ROOT / file).read_bytes() for file, _ in FUNCTIONS)
-    assert results(copy, everything) == [{"PASSED"}] * 8
+    for file, _ in FUNCTIONS:
+        assert (copy / file).read_bytes() == (ROOT / file).read_bytes()
+    assert results(copy, EXERCISES) == [{"PASSED"}] * 8
 
 
 @pytest.mark.slow
 def test_exercises_can_be_done_in_their_order(tmp_path):
     """With those before it done an exercise still fails, and with its own functions it passes."""
-    write(tmp_path / "copy")
-    assert results(tmp_path / "copy", [0]) == [{"FAILED"}]
-    for i, (_, file, names, *_) in enumerate(EXERCISES):
-        for name in names.split():
-            put_back(tmp_path / "copy", file, name)
-        got = results(tmp_path / "copy", range(i, min(i + 2, len(EXERCISES))))
-        assert got == [{"PASSED"}, {"FAILED"}][:len(got)], f"exercise {i + 1} and the next"
+    copy = tmp_path / "copy"
+    write_copy(copy)
+    assert results(copy, EXERCISES[:1]) == [{"FAILED"}]
+    for i, exercise in enumerate(EXERCISES):
+        for name in exercise["functions"]:
+            put_back(copy, exercise["file"], name)
+        got = results(copy, EXERCISES[i : i + 2])  # this one and the next
+        assert got == [{"PASSED"}, {"FAILED"}][: len(got)], exercise["title"]
 
 
 def test_mistakes(tmp_path):
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "thesis.tex").write_text("x")
-    for out, message in ((tmp_path / "used", "not an empty folder"), (ROOT / "copy", "inside the repository"),
-                         (tmp_path / "used" / "thesis.tex", "not an empty folder"),
-                         (tmp_path / "used" / "thesis.tex" / "copy", "Not a directory")):
-        said = handout(out)
-        assert said.returncode == 1 and re.fullmatch(f"error: .*{message}.*\n", said.stderr), said.stderr
+    thesis = tmp_path / "used" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("x")
+    for out, message in (
+        (thesis.parent, "not an empty folder"),
+        (ROOT / "copy", "inside the repository"),
+        (thesis, "not an empty folder"),
+        (thesis / "copy", "Not a directory"),
+    ):
+        done = handout(out)
+        assert done.returncode == 1
+        assert re.fullmatch(f"error: .*{message}.*\n", done.stderr), done.stderr

@@ -1,11 +1,16 @@
-"""rae.py: images, the toy world, encoder, noise, statistics, files, and what the loops share."""
+"""rae.py: images, the toy world, encoder, noise, statistics, files, and what the scripts share."""
 
+import json
 import os
 import pickle
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import gap
 from PIL import Image
 
 import rae as R
@@ -14,14 +19,18 @@ from dit_dh import load_released
 
 
 def save_images(folder, n, size=(40, 36), mode="RGB", suffix=".png", seed=0):
+    """Write n images of random pixels, 0.png, 1.png, ..., of `size` (width, height)."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
+    width, height = size
     for i in range(n):
-        Image.fromarray(rng.integers(0, 256, (*size[::-1], 3),
-                                     np.uint8)).convert(mode).save(folder / f"{i}{suffix}")
+        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / f"{i}{suffix}")
 
 
-# ---------------------------------------------------------------------------------------------------- images
+# ---------------------------------------------------------------------------------------------
+# Images
+
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (70, 64), (64, 64), (33, 500), (20, 30)])
 def test_center_crop_is_adm(size):
@@ -32,49 +41,80 @@ def test_center_crop_is_adm(size):
     while min(want.size) >= 64:
         want = want.resize(tuple(x // 2 for x in want.size), resample=Image.BOX)
     scale = 32 / min(want.size)
-    want = np.array(want.resize(tuple(round(x * scale) for x in want.size), resample=Image.BICUBIC))
-    y, x = (want.shape[0] - 32) // 2, (want.shape[1] - 32) // 2
-    assert np.array_equal(np.asarray(R.center_crop(image, 32)), want[y:y + 32, x:x + 32])
+    want = want.resize(tuple(round(x * scale) for x in want.size), resample=Image.BICUBIC)
+    want = np.array(want)
+    y = (want.shape[0] - 32) // 2
+    x = (want.shape[1] - 32) // 2
+    assert np.array_equal(np.asarray(R.center_crop(image, 32)), want[y : y + 32, x : x + 32])
 
 
 def test_folder_reads_every_kind_of_image(tmp_path):
-    for mode, suffix in (("RGB", ".png"), ("L", ".JPEG"), ("P", ".gif"), ("RGBA", ".PNG"), ("CMYK", ".jpg"),
-                         ("1", ".bmp")):
+    kinds = [
+        ("RGB", ".png"),
+        ("L", ".JPEG"),
+        ("P", ".gif"),
+        ("RGBA", ".PNG"),
+        ("CMYK", ".jpg"),
+        ("1", ".bmp"),
+    ]
+    for mode, suffix in kinds:
         save_images(tmp_path / "deep" / mode, 1, mode=mode, suffix=suffix)
     (tmp_path / "deep" / "notes.txt").write_text("not an image")
     data = R.ImageFolder(tmp_path, 32)
-    assert len(data) == 6 and len(data.classes) == 6 and data.classes == sorted(data.classes)
-    assert all(data.load(i, None).shape == (3, 32, 32) and data.load(i, None).dtype == np.uint8
-               for i in range(6))
+    assert len(data) == 6
+    assert len(data.classes) == 6
+    assert data.classes == sorted(data.classes)
+    for i in range(6):
+        image = data.load(i)
+        assert image.shape == (3, 32, 32)
+        assert image.dtype == np.uint8
+        assert np.array_equal(data.load(i, flip=True), image[:, :, ::-1])
 
 
 def test_flat_folder_is_one_class(tmp_path):
     save_images(tmp_path, 3)
     data = R.ImageFolder(tmp_path, 32)
-    assert data.classes == ["."] and data.labels.tolist() == [0, 0, 0]
+    assert data.classes == ["."]
+    assert data.labels.tolist() == [0, 0, 0]
 
 
 def test_broken_images_are_named(tmp_path):
     save_images(tmp_path, 2, size=(200, 200))
     whole = (tmp_path / "1.png").read_bytes()
-    (tmp_path / "1.png").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "2.png").write_text("text")
     data = R.ImageFolder(tmp_path, 32)
-    data.load(0, None)
+    data.load(0)
     for i in (1, 2):
         with pytest.raises(ValueError, match=f"{i}.png: not readable"):
-            data.load(i, None)
-    for bad, message in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "no images")):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(ValueError, match=message):
-            R.ImageFolder(bad, 32)
+            data.load(i)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images"):
+        R.ImageFolder(tmp_path / "empty", 32)
+    with pytest.raises(ValueError, match="no such folder"):
+        R.ImageFolder(tmp_path / "none", 32)
 
 
 def test_random_crops_differ_and_stay_inside(tmp_path):
     save_images(tmp_path, 1, size=(64, 48))
-    data = R.ImageFolder(tmp_path, 32, short=40)
+    data = R.ImageFolder(tmp_path, 32, resize=40)
     crops = [data.load(0, np.random.default_rng(i)) for i in range(8)]
-    assert len({c.tobytes() for c in crops}) > 4 and {c.shape for c in crops} == {(3, 32, 32)}
+    assert len({crop.tobytes() for crop in crops}) > 4
+    assert {crop.shape for crop in crops} == {(3, 32, 32)}
+
+
+def test_a_folder_is_known_by_its_names(tmp_path):
+    save_images(tmp_path / "photos" / "cats", 2)
+    save_images(tmp_path / "photos" / "dogs", 2)
+    first = R.ImageFolder(tmp_path / "photos", 32).fingerprint()
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    assert R.ImageFolder(tmp_path / "moved", 32).fingerprint() == first
+
+    (tmp_path / "moved" / "cats").rename(tmp_path / "moved" / "birds")
+    renamed = R.ImageFolder(tmp_path / "moved", 32).fingerprint()
+    save_images(tmp_path / "moved" / "dogs", 3)
+    grown = R.ImageFolder(tmp_path / "moved", 32).fingerprint()
+    assert len({first, renamed, grown}) == 3
 
 
 @pytest.mark.parametrize("folder", ["imagenet_native", "imagenette/val", "cifar10/test"])
@@ -84,7 +124,7 @@ def test_real_photographs(folder):
         pytest.skip(f"needs the photographs of {folder} beside the repository")
     data = R.ImageFolder(root, 64)
     for i in range(0, len(data), max(1, len(data) // 60)):
-        assert data.load(i, None).shape == (3, 64, 64)
+        assert data.load(i).shape == (3, 64, 64)
 
 
 def test_uint8_rounds():
@@ -92,32 +132,58 @@ def test_uint8_rounds():
     assert R.to_uint8(x).tolist() == [0, 0, 0, 1, 255, 255]
 
 
-# ---------------------------------------------------------------------------------------------- the toy world
+# ---------------------------------------------------------------------------------------------
+# The toy world
+
 
 def test_toy_images():
     images, labels = toy_world.toy_images(40, seed=0)
     again, _ = toy_world.toy_images(20, seed=0)
     other, _ = toy_world.toy_images(40, seed=1)
-    assert images.shape == (40, 3, 32, 32) and labels[:12].tolist() == [*range(10), 0, 1]
-    assert np.array_equal(images[:20], again), "the first images do not depend on how many are drawn"
-    assert not np.array_equal(images, other) and len({x.tobytes() for x in images}) == 40
+    assert images.shape == (40, 3, 32, 32)
+    assert labels[:12].tolist() == [*range(10), 0, 1]
+    assert np.array_equal(images[:20], again), "the first images do not depend on their number"
+    assert not np.array_equal(images, other)
+    assert len({image.tobytes() for image in images}) == 40
 
 
 @pytest.mark.parametrize("name", toy_world.SHAPES)
 def test_toy_shapes_are_their_own_mirror_image(name):
     y, x = np.mgrid[-1.2:1.2:25j, -1.2:1.2:25j]
     d = toy_world.SHAPES[name](x, y)
-    assert np.allclose(d, d[:, ::-1], atol=1e-6) and (d < 0).mean() > 0.08 and (d > 0).mean() > 0.4
+    assert np.allclose(d, d[:, ::-1], atol=1e-6)
+    assert (d < 0).mean() > 0.08
+    assert (d > 0).mean() > 0.4
+    # About a distance: else edges are not one pixel wide.
     slope = np.hypot(*np.gradient(d, 0.1))
-    assert np.median(slope) < 1.1 and slope.max() < 1.5, "about a distance, else edges are not one pixel wide"
+    assert np.median(slope) < 1.1
+    assert slope.max() < 1.5
 
 
-# ------------------------------------------------------------------------------------------- encoder, decoder
+def test_the_toy_world_offers_what_a_folder_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_world, "TOY", {"train": (30, 0), "val": (20, 1)})
+    save_images(tmp_path, 2)
+    folder = R.open_data(str(tmp_path), 32)
+    toy = R.open_data("toy", 32)
+    for data in (toy, folder):
+        assert len(data) == len(data.labels)
+        assert data.load(1, None, False).shape == (3, 32, 32)
+        assert np.array_equal(data.load(1, flip=True), data.load(1)[:, :, ::-1])
+        assert len(data.fingerprint()) == 16
+        images = R.read_images(data, [1, 0], "cpu")
+        assert images.shape == (2, 3, 32, 32)
+        assert np.array_equal(R.to_uint8(images[0]), data.load(1))
+    assert len(R.open_data("toy", 32, "val")) == 20
+    assert R.open_data("toy", 32, "val").fingerprint() != toy.fingerprint()
+
+
+# ---------------------------------------------------------------------------------------------
+# Encoder and decoder
+
 
 @pytest.fixture(scope="module")
 def toy():
-    return R.load_rae("assets/toy_decoder.pt"
-                      if os.path.exists("assets/toy_decoder.pt") else R.released_file("toy"))
+    return R.load_rae("toy")
 
 
 def test_latents_are_normalised_and_decode(toy):
@@ -125,45 +191,90 @@ def test_latents_are_normalised_and_decode(toy):
     with torch.no_grad():
         z = toy.encode(images)
         again = toy.decode(z)
-    assert z.shape == (500, 16, 64) and z.mean().abs() < 0.02 and 0.95 < z.std() < 1.05
+    assert z.shape == (500, 16, 64)
+    assert z.mean().abs() < 0.02
+    assert 0.95 < z.std() < 1.05
+    assert again.shape == (500, 3, toy.image_size, toy.image_size)
     assert R.psnr(again.clamp(0, 1), images).mean() > 24
-    assert not any("vit" in k for k in toy.decoder.state_dict())
+    assert not any("vit" in name for name in toy.decoder.state_dict())
 
 
-@pytest.mark.parametrize("dist, mean", [("uniform", 0.4), ("half-normal", 0.8 * (2 / np.pi) ** 0.5)])
+def test_without_statistics_the_latent_is_the_raw_tokens(toy):
+    rae = R.RAE(toy.encoder, toy.decoder).eval()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = toy.encoder(images)
+        assert torch.equal(rae.encode(images), tokens)
+        assert torch.equal(rae.decode(tokens), rae.decode_tokens(tokens))
+        assert gap(toy.decode(toy.encode(images)), toy.decode_tokens(tokens)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "dist, mean", [("uniform", 0.4), ("half-normal", 0.8 * (2 / np.pi) ** 0.5)]
+)
 def test_noise_in_training_only(toy, dist, mean):
+    """The bounds are five standard deviations or more of what 2,000 images leave to chance."""
     rae = R.RAE(toy.encoder, toy.decoder, tau=0.8, noise_dist=dist)
     tokens = torch.zeros(2000, 16, 64)
-    sigma = rae.train().noised(tokens).std(dim=(1, 2))
-    assert abs(sigma.mean() - mean) < 0.03 and (sigma.max() < 0.85) == (dist == "uniform")
+    noise = rae.train().noised(tokens)
+    sigma = noise.std(dim=(1, 2))  # (2000,), each to 2%
+    assert abs(sigma.mean() - mean) < 0.06
+    assert sigma.std() > 0.2, "every image has a sigma of its own"
+    assert (sigma.max() < 0.92) == (dist == "uniform")
+    assert abs((noise / sigma[:, None, None]).mean()) < 0.01
+
     assert rae.eval().noised(tokens) is tokens
     assert R.RAE(toy.encoder, toy.decoder, tau=0.0).train().noised(tokens) is tokens
-    g = [[R.keyed("cpu", 1, i) for i in rows] for rows in (range(4), range(2, 4))]
-    four, two = (rae.train().noised(tokens[:len(k)], k) for k in g)
-    assert torch.equal(four[2:], two), "noise belongs to the image, not to the batch"
+
+    # Noise belongs to the image, not to the batch.
+    rae.train()
+    four = rae.noised(tokens[:4], [R.keyed_generator("cpu", 1, i) for i in range(4)])
+    two = rae.noised(tokens[:2], [R.keyed_generator("cpu", 1, i) for i in range(2, 4)])
+    assert torch.equal(four[2:], two)
 
 
-@pytest.mark.parametrize("batch, n", [(7, 29), (4, 33), (100, 30)])
-def test_statistics_equal_numpy(toy, batch, n, monkeypatch):
-    monkeypatch.setattr(toy_world, "TOY", {"train": (n, 0)})
+@pytest.mark.parametrize("batch_size, num", [(7, 29), (4, 33), (100, 30)])
+def test_statistics_equal_numpy(toy, batch_size, num, monkeypatch):
+    """33 images in batches of 4 have a last batch of one."""
+    monkeypatch.setattr(toy_world, "TOY", {"train": (num, 0)})
     data = toy_world.ToyShapes()
-    mean, var = R.latent_statistics(toy.encoder, data, batch, "cpu")
+    mean, var = R.latent_statistics(toy.encoder, data, batch_size, "cpu")
+    assert mean.shape == var.shape == (64, 4, 4)
+
+    # In the same batches: the encoder's rounding depends on their size.
     images = torch.from_numpy(data.images).float() / 255
-    parts = [toy.encoder(x) for part in images.split(batch) for x in (part, part.flip(-1))]
-    tokens = torch.cat(parts).double().numpy()                        # (2 n, N, C)
-    assert (batch, n) != (4, 33) or len(parts[-1]) == 1, "an uneven last batch"
-    assert np.abs(mean.flatten(1).T.numpy() - tokens.mean(0)).max() < 1e-6 * np.abs(tokens.mean(0)).max()
+    parts = []
+    for part in images.split(batch_size):
+        parts.append(toy.encoder(part))
+        parts.append(toy.encoder(part.flip(-1)))
+    tokens = torch.cat(parts).double().numpy()  # (2 num, N, C)
+    want = tokens.mean(0)
+    assert np.abs(mean.flatten(1).T.numpy() - want).max() < 1e-6 * np.abs(want).max()
     assert np.allclose(var.flatten(1).T, tokens.var(0), rtol=1e-6, atol=0)
 
 
 def test_encoder_gradients_reach_the_image_alone(toy):
     images = torch.rand(2, 3, 32, 32, requires_grad=True)
     toy.encoder(images).square().mean().backward()
-    assert images.grad.abs().sum() > 0 and all(p.grad is None for p in toy.encoder.parameters())
+    assert images.grad.abs().sum() > 0
+    assert all(p.grad is None for p in toy.encoder.parameters())
     assert not toy.encoder(torch.rand(1, 3, 32, 32)).requires_grad
 
 
-# ------------------------------------------------------------------------------------------------------ files
+def test_fingerprints(toy):
+    rae = R.RAE(toy.encoder, toy.decoder)
+    assert rae.fingerprint() == R.RAE(toy.encoder, toy.decoder).fingerprint()
+    assert rae.fingerprint() != toy.fingerprint(), "other statistics"
+    assert rae.fingerprint() != toy.encoder.fingerprint()
+    tensors = {"a": torch.zeros(2), "b": torch.ones(2)}
+    assert R.fingerprint(tensors) == R.fingerprint({"a": torch.zeros(2), "b": torch.ones(2)})
+    assert R.fingerprint(tensors) != R.fingerprint(tensors | {"b": torch.zeros(2)})
+    assert R.fingerprint(tensors) != R.fingerprint({"a": torch.zeros(2), "c": torch.ones(2)})
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
 
 class Evil:
     def __reduce__(self):
@@ -174,33 +285,71 @@ def test_files_that_are_not_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"x": Evil()}, "evil.pt")
     torch.save({"x": torch.zeros(1000)}, "good.pt")
-    data = open("good.pt", "rb").read()
-    open("half.pt", "wb").write(data[:len(data) // 2])
-    open("text.pt", "w").write("hello")
-    for name, message in (("evil.pt", "refused"), ("half.pt", "half.pt"), ("text.pt", "text.pt"),
-                          ("none.pt", "no such file")):
-        with pytest.raises(ValueError, match=message):
+    whole = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name in ("evil.pt", "half.pt", "text.pt", "text.safetensors"):
+        with pytest.raises(ValueError, match=f"{name}: cannot be read, truncated, or refused"):
             R.read_file(name)
+    with pytest.raises(ValueError, match="none.pt: no such file"):
+        R.read_file("none.pt")
     with pytest.raises(pickle.UnpicklingError):
         load_released("evil.pt")
-    assert not os.path.exists("hacked") and torch.equal(R.read_file("good.pt")["x"], torch.zeros(1000))
+    assert not os.path.exists("hacked")
+    assert torch.equal(R.read_file("good.pt")["x"], torch.zeros(1000))
+
+
+class Broken:
+    """Its pickling fails as a full disk does, with the file begun."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("No space left on device"), RuntimeError("write\nfailed")]
+)
+def test_a_failed_save_keeps_the_old_file(tmp_path, error):
+    path = tmp_path / "x.pt"
+    R.save_file({"step": 1}, path)
+    with pytest.raises(ValueError, match=r"x.pt: cannot be saved \((No space|write\))") as caught:
+        R.save_file({"step": 2, "broken": Broken(error)}, path)
+    assert "\n" not in str(caught.value)
+    assert R.read_file(path) == {"step": 1}
+    assert [f.name for f in tmp_path.iterdir()] == ["x.pt"], "the temporary file is gone"
+    R.save_file({"step": 2}, path)
+    assert R.read_file(path) == {"step": 2}
+    assert [f.name for f in tmp_path.iterdir()] == ["x.pt"]
 
 
 def test_encoder_errors(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    for name, message in (("dinov9", "dinov2-b"), ("timm:no_such_model", "Unknown model"),
-                          ("timm:resnet18", "a plain ViT"),
-                          ("released:dinov2-b", "no such file")):
-        with pytest.raises(ValueError, match=message):
-            R.build_encoder(name, 32, weights=None if name != "timm:resnet18" else "x.pt")
+    with pytest.raises(ValueError, match="dinov9: no such file, nor one of toy, .*dinov2-b"):
+        R.build_encoder("dinov9", 32)
+    with pytest.raises(ValueError, match="released:dinov2-b: no such file"):
+        R.build_encoder("released:dinov2-b", 32)
+    with pytest.raises(ValueError, match="Unknown model"):
+        R.build_encoder("timm:no_such_model", 32)
+    with pytest.raises(ValueError, match="a plain ViT"):
+        R.build_encoder("timm:resnet18", 32, weights="x.pt")
+    torch.save({"ema": {}}, tmp_path / "decoder.pt")
+    with pytest.raises(ValueError, match="decoder.pt: not an encoder file"):
+        R.build_encoder(str(tmp_path / "decoder.pt"), 32)
+    with pytest.raises(ValueError, match="encoder input 30 is not a multiple of its patch"):
+        R.build_encoder("toy", 30)
 
 
 def test_encoder_that_cannot_be_fetched(monkeypatch):
     import timm
 
-    def offline(*args, **kw):
+    def offline(*args, **options):
         raise ConnectionError("no route")
+
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ValueError, match="the weights of vit_base.*--encoder-weights"):
         R.build_encoder("dinov2-b", 256)
@@ -210,12 +359,20 @@ def test_encoder_that_cannot_be_fetched(monkeypatch):
 def test_encoder_from_a_local_file(suffix, tmp_path):
     import timm
     from safetensors.torch import save_file
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=5)    # a classifier: its head is not needed
-    (save_file if suffix == ".safetensors" else torch.save)(vit.state_dict(), tmp_path / f"w{suffix}")
-    encoder = R.build_encoder("timm:vit_tiny_patch16_224", 64, tmp_path / f"w{suffix}")
+
+    path = tmp_path / f"weights{suffix}"
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=5)  # its classifier is not needed
+    if suffix == ".safetensors":
+        save_file(vit.state_dict(), path)
+    else:
+        torch.save(vit.state_dict(), path)
+    encoder = R.build_encoder("timm:vit_tiny_patch16_224", 64, path)
     assert torch.equal(encoder.vit.blocks[3].mlp.fc1.weight, vit.blocks[3].mlp.fc1.weight)
     assert encoder(torch.rand(1, 3, 64, 64)).shape == (1, 16, 192)
-    torch.save({k: v for k, v in vit.state_dict().items() if k != "blocks.0.norm1.bias"}, tmp_path / "bad.pt")
+
+    state = vit.state_dict()
+    del state["blocks.0.norm1.bias"]
+    torch.save(state, tmp_path / "bad.pt")
     with pytest.raises(ValueError, match="Missing key.*blocks.0.norm1.bias"):
         R.build_encoder("timm:vit_tiny_patch16_224", 64, tmp_path / "bad.pt")
 
@@ -232,52 +389,273 @@ def test_decoder_of_other_encoder_weights(tmp_path):
         R.load_rae(tmp_path / "bare.pt", encoder="toy")
 
 
-def test_released_names(monkeypatch, tmp_path):
+def test_a_bare_decoder_with_its_statistics(tmp_path):
+    """As released: a state dict alone, whose tokens stand for 16 px each."""
+    import timm
+
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    torch.save(vit.state_dict(), tmp_path / "vit.pt")
+    torch.save(R.Decoder(192, 2, 8, 768, 1, 12, 64).state_dict(), tmp_path / "bare.pt")
+    torch.save({"var": torch.full((192, 2, 2), 4.0)}, tmp_path / "stats.pt")
+    rae = R.load_rae(
+        tmp_path / "bare.pt",
+        encoder="timm:vit_tiny_patch16_224",
+        encoder_weights=tmp_path / "vit.pt",
+        stats=tmp_path / "stats.pt",
+    )
+    assert rae.encoder.input_size == 32
+    assert rae.image_size == 16  # this decoder draws 8 px for each token
+    assert not rae.training
+    images = torch.rand(2, 3, 32, 32)
+    assert gap(rae.encode(images), rae.encoder(images) / (4 + 1e-5) ** 0.5) < 1e-6
+    assert rae.decode(rae.encode(images)).shape == (2, 3, 16, 16)
+
+
+def test_released_names(monkeypatch):
     import huggingface_hub
+
     asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a: asked.append(a) or "x")
-    assert R.released_file("released:mae-b", 1) == "x" and R.released_file("a/b.pt") == "a/b.pt"
+
+    def download(repository, file):
+        asked.append((repository, file))
+        return "x"
+
+    def offline(repository, file):
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert R.released_file("a/b.pt") == "a/b.pt"
+    assert asked == []
+    assert R.released_file("released:mae-b", statistics=True) == "x"
     assert asked == [("nyu-visionx/RAE-collections", "stats/mae/base_p16/ImageNet1k/stat.pt")]
     with pytest.raises(ValueError, match="DiTDH-XL-256"):
         R.released_file("released:nothing")
-
-    def offline(repo, file):
-        raise ConnectionError
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(ValueError, match="cannot be fetched .* pass its path"):
         R.released_file("released:dinov2-b")
 
 
-# --------------------------------------------------------------------------------------- what the loops share
+# ---------------------------------------------------------------------------------------------
+# Processes and random numbers
+
+
+def test_one_process_without_a_group():
+    assert R.rank_and_world_size() == (0, 1)
+    x = torch.tensor([1.0, 2.0])
+    assert R.all_reduce_mean(x) is x
+    assert x.tolist() == [1, 2]
+
+
+def test_one_process_in_a_group():
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert R.rank_and_world_size() == (0, 1)
+        assert R.all_reduce_mean(torch.tensor([1.0, 2.0])).tolist() == [1, 2]
+    finally:
+        dist.destroy_process_group()
+
 
 def test_batches_depend_on_seed_and_step_alone(tmp_path):
     save_images(tmp_path, 11, size=(48, 40))
-    data = R.ImageFolder(tmp_path, 32, short=36)
-    whole = R.Batches(data, 6, 0, True)
-    halves = [R.Batches(data, 6, 0, True, None, rank, 2) for rank in (0, 1)]
-    for step in (5, 0, 3):                             # in any order
-        images = torch.cat([h[step][0] for h in halves])
-        again = R.Batches(data, 6, 0, True)
-        assert torch.equal(images, whole[step][0]) and torch.equal(images, again[step][0])
-    assert not torch.equal(whole[0][0], R.Batches(data, 6, 1, True)[0][0])
-    data.labels = np.arange(11)                        # each image its own, to see the order
-    seen = torch.cat([whole[step][1] for step in range(4)]).tolist()
-    assert sorted(seen[:11]) == sorted(seen[11:22]) == list(range(11)) and seen[:11] != seen[11:22]
-    with pytest.raises(ValueError, match="--batch-size 6"):
-        R.Batches(data, 6, 0, True, None, 0, 4)
+    data = R.ImageFolder(tmp_path, 32, resize=36)
+    whole = R.StepBatches(data, 6, 0, flip=True)
+    again = R.StepBatches(data, 6, 0, flip=True)
+    other = R.StepBatches(data, 6, 1, flip=True)
+    halves = [R.StepBatches(data, 6, 0, flip=True, rank=rank, world_size=2) for rank in (0, 1)]
+    assert list(halves[1].rows) == [3, 4, 5]
+    for step in (5, 0, 3):  # in any order
+        images = torch.cat([half[step][0] for half in halves])
+        assert images.dtype == torch.uint8
+        assert torch.equal(images, whole[step][0])
+        assert torch.equal(images, again[step][0])
+    assert not torch.equal(whole[0][0], other[0][0])
+    with pytest.raises(ValueError, match="--global-batch-size 6: not a multiple of 4 processes"):
+        R.StepBatches(data, 6, 0, flip=True, rank=0, world_size=4)
+
+
+def test_an_epoch_visits_every_image_once(tmp_path):
+    save_images(tmp_path, 11)
+    data = R.ImageFolder(tmp_path, 32)
+    data.labels = np.arange(11)  # each image its own, to see the order
+    batches = R.StepBatches(data, 6, 0, flip=False)
+    seen = torch.cat([batches[step][1] for step in range(4)]).tolist()
+    assert sorted(seen[:11]) == sorted(seen[11:22]) == list(range(11))
+    assert seen[:11] != seen[11:22]
+
+
+def test_flips_are_half_of_the_images(tmp_path):
+    save_images(tmp_path, 8)
+    data = R.ImageFolder(tmp_path, 32)
+    data.labels = np.arange(8)
+    batches = R.StepBatches(data, 100, 0, flip=True)
+    images, labels = batches[0]
+    flipped = 0
+    for image, label in zip(images, labels):
+        plain = torch.from_numpy(data.load(label).copy())
+        assert torch.equal(image, plain) or torch.equal(image, plain.flip(-1))
+        flipped += torch.equal(image, plain.flip(-1))
+    assert 25 < flipped < 75
 
 
 def test_keyed_generators():
-    a, b, c = (torch.randn(4, generator=R.keyed("cpu", *key)) for key in ((0, 1, 2), (0, 1, 2), (0, 2, 1)))
-    assert torch.equal(a, b) and not torch.equal(a, c)
+    def numbers(*key):
+        return torch.randn(4, generator=R.keyed_generator("cpu", *key)).tolist()
+
+    assert numbers(0, 1, 2) == numbers(0, 1, 2)
+    keys = [(0, 1, 2), (0, 2, 1), (0, 1), (0, 1, 0), (1, 0, 0)]
+    assert len({tuple(numbers(*key)) for key in keys}) == len(keys)
+
+    both = R.keyed_noise([(0, 1), (0, 2)], (3, 2), "cpu")
+    assert both.shape == (2, 3, 2)
+    assert torch.equal(both[1:], R.keyed_noise([(0, 2)], (3, 2), "cpu"))
 
 
-def test_grid(tmp_path):
-    R.save_grid(torch.rand(7, 3, 16, 16), tmp_path / "new" / "x.png", columns=3)
-    assert Image.open(tmp_path / "new" / "x.png").size == (3 * 18 * 4, 3 * 18 * 4)
+# ---------------------------------------------------------------------------------------------
+# The average
+
+
+def test_ema_warms_up_and_is_no_alias():
+    model = torch.nn.Linear(2, 2)
+    ema = torch.nn.Linear(2, 2)
+    start = ema.weight.detach().clone()
+    target = model.weight.detach().clone()
+    R.update_ema(ema, model, 0.999, 0)
+    assert gap(ema.weight.detach(), 0.1 * start + 0.9 * target) < 1e-6  # d = 1 / 10
+
+    before = ema.weight.detach().clone()
+    model.weight.data.zero_()
+    assert torch.equal(ema.weight, before)
+    R.update_ema(ema, model, 0.5, 10**6)
+    assert gap(ema.weight.detach(), 0.5 * before) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------
+# The folder of a run
+
+
+def steps_of(out):
+    return [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_new_log(tmp_path, capsys):
+    out = tmp_path / "new" / "run"
+    with R.open_log(out, 0) as log:
+        R.write_log(log, {"step": 1, "loss": 0.25, "by_t": [1, 2]})
+        assert capsys.readouterr().out == "step 1  loss 0.25\n"
+        R.write_log(log, {"step": 2, "loss": 0.125, "by_t": [3, 4]})
+    lines = (out / "log.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"step": 1, "loss": 0.25, "by_t": [1, 2]}
+    assert steps_of(out) == [1, 2]
+
+
+def test_a_resumed_log_forgets_what_will_come_again(tmp_path):
+    """It goes on at step 3, whose line was written before the save, and was killed as it wrote."""
+    lines = "".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in (1, 2, 3, 4))
+    path = tmp_path / "log.jsonl"
+    path.write_text(lines + '{"step": 5, "lo')
+    with R.open_log(tmp_path, 3) as log:
+        assert steps_of(tmp_path) == [1, 2]
+        R.write_log(log, {"step": 3, "loss": 0.25})
+    assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n' + (
+        '{"step": 3, "loss": 0.25}\n'
+    )
+    with open(path, "a") as file:
+        file.write('{"step": 4, "loss": 0.5}')  # cut right before its end
+    with R.open_log(tmp_path, 9):
+        assert steps_of(tmp_path) == [1, 2, 3]
+    with R.open_log(tmp_path, 0):
+        assert path.read_text() == ""
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="not empty, and not a run of ours") as caught:
+        R.open_log(tmp_path, 0)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+    assert "\n" not in str(caught.value)
+    assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    """By another process, which holds a lock until it ends; one that is shared will do."""
+    out = tmp_path / "run"
+    R.open_log(out, 0).close()
+    (out / "log.jsonl").write_text('{"step": 1}\n')
+    hold = (
+        "import fcntl, sys\n"
+        "log = open(sys.argv[1], 'a+')\n"
+        "fcntl.lockf(log, fcntl.LOCK_SH)\n"
+        "print('locked', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(out / "log.jsonl")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(ValueError, match=re.escape(f"{out}: another run is writing here")):
+        R.open_log(out, 0)
+    assert steps_of(out) == [1], "nothing is cut off from a log in use"
+    holder.communicate()
+    R.open_log(out, 0).close()
+    assert steps_of(out) == []
+
+
+def test_a_run_with_other_settings_is_named():
+    saved = {"seed": 0, "lr": 0.1, "out": "a", "old_flag": 3}
+    R.check_same_run("out", saved, dict(saved), may_change=set())
+    R.check_same_run("out", saved, saved | {"out": "b"}, may_change={"out"})
+
+    settings = {"seed": 1, "lr": 0.1, "out": "b", "new_flag": 4}
+    with pytest.raises(ValueError) as caught:
+        R.check_same_run("out", saved, settings, may_change={"out"})
+    message = str(caught.value)
+    assert message.startswith("out: holds a run with other settings (")
+    assert "seed 0 there, 1 here" in message
+    assert "old_flag 3 there, None here" in message
+    assert "new_flag None there, 4 here" in message
+    assert "lr" not in message.replace("there", "")
+    assert " b" not in message
+    assert "\n" not in message
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures and scores, flags and errors
+
+
+def test_sheet(tmp_path):
+    """Seven images of 16 px in three columns: frames, a zoom of 4, and two white places."""
+    images = torch.rand(7, 3, 16, 16)
+    R.save_sheet(images, tmp_path / "new" / "x.png", columns=3)
+    sheet = Image.open(tmp_path / "new" / "x.png")
+    assert sheet.size == (3 * 18 * 4, 3 * 18 * 4)
+    pixels = np.asarray(sheet)[::4, ::4]  # (54, 54, 3)
+    fifth = pixels[19:35, 19:35]  # the middle
+    assert np.array_equal(fifth.transpose(2, 0, 1), R.to_uint8(images[4]))
+    assert (pixels[36:, 18:] == 255).all()
 
 
 def test_psnr():
     a = torch.zeros(2, 3, 4, 4)
     error = torch.tensor([0.1, 1.0]).view(2, 1, 1, 1)
     assert torch.allclose(R.psnr(a + error, a), torch.tensor([20.0, 0.0]), atol=1e-4)
+
+
+def test_positive_int():
+    assert R.positive_int("7") == 7
+    for text in ("0", "-1", "1.5", "x"):
+        with pytest.raises(ValueError):
+            R.positive_int(text)
+
+
+def test_an_error_is_one_line():
+    assert R.error_line(ValueError("x.pt: no such file")) == "error: x.pt: no such file"
+    worker = ValueError(
+        "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+        "last):\n  ...\nValueError: 7.png: not readable as an image\n"
+    )
+    assert R.error_line(worker) == "error: 7.png: not readable as an image"

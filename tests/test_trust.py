@@ -1,4 +1,4 @@
-"""What makes a run trustworthy: parallel gradients, kills, full disks, the average, the latent cache."""
+"""What makes a run trustworthy: parallel gradients, kills, full disks, the average, compilation."""
 
 import copy
 import json
@@ -12,104 +12,125 @@ import socket
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY, gap
 from test_rae import save_images
-from test_run import load, same
+from test_run import every_checkpoint, load, load_run, log_of, same  # noqa: F401 (a fixture)
+from test_stage1 import first_gradients
 
 import rae as R
 from dit_dh import DiTDH, flow_loss
 
-SMALL = "--backbone 16,1,2 --head 24,1,2"
-
-
-def log_of(out):
-    return [json.loads(line) for line in open(f"{out}/log.jsonl")]
+SMALL = "--backbone 16,1,2 --wide-head 24,1,2"
 
 
 def torchrun(*arguments):
     return [sys.executable, "-m", "torch.distributed.run", *arguments]
 
 
+TWO = torchrun("--standalone", "--nproc_per_node=2")
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
 def distance(a, b):
     """Of two lists of tensors, relative to the first's norm."""
-    a, b = (torch.cat([x.flatten() for x in side]) for side in (a, b))
+    a = torch.cat([x.flatten() for x in a])
+    b = torch.cat([x.flatten() for x in b])
     return ((a - b).norm() / a.norm()).item()
 
 
-# ---------------------------------------------------------------------------------- one batch, many processes
+# ---------------------------------------------------------------------------------------------
+# One batch, many processes
 
-@pytest.mark.parametrize("script, flags", [
-    ("train_decoder.py", "--starts 0 0 0"),
-    ("train_decoder.py", "--gan 0 --checkpoint-activations"),
-    ("train_diffusion.py", f"{SMALL} --checkpoint-activations")])
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("train_decoder.py", "--gan 0 --checkpoint-activations"),
+        ("train_diffusion.py", f"{SMALL} --checkpoint-activations"),
+    ],
+)
 def test_micro_batches_equal_one(run, monkeypatch, script, flags):
-    """Gradients of the first step (the discriminator's on what the decoder's left: so its rate is 0)."""
-    update, seen = R.Optimizer.update, []
-
-    def spy(self, *args):
-        seen.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
-        return update(self, *args)
-    monkeypatch.setattr(R.Optimizer, "update", spy)
-    for out, micro in (("whole", ""), ("parts", "--micro-batch 3")):      # of 8: 3, 3 and 2
-        run(script, f"{flags} {micro} --steps 1 --batch-size 8 --lr 0 --lr-end 0 --log-every 1 --out {out}",
-            tiny=False)
-    half = len(seen) // 2
-    assert half == (2 if "0 0 0" in flags else 1)
-    for a, b in zip(seen[:half], seen[half:]):
-        assert distance(a, b) < 1e-5
-    a, b = (log_of(out)[0] for out in ("whole", "parts"))
-    keys = {"l1", "perceptual", "gan", "d_loss", "gan_weight", "loss", "grad_norm"} & a.keys()
-    assert len(keys) in (2, 5) and all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-7) for k in keys)
+    seen = first_gradients(monkeypatch)
+    for out, micro in (("whole", ""), ("parts", "--micro-batch 3")):  # of 8: 3, 3 and 2
+        run(
+            script,
+            f"{flags} {micro} --steps 1 --global-batch-size 8 --log-every 1 --out {out}",
+            tiny=False,
+        )
+    assert len(seen) == 2
+    assert distance(*seen) < 1e-5
+    a = log_of("whole")[0]
+    b = log_of("parts")[0]
+    for key in {"l1", "perceptual", "loss", "grad_norm"} & a.keys():
+        assert a[key] == pytest.approx(b[key], rel=1e-4)
 
 
-def of_ranks(tmp_path, name, launch, script, flags):
+def kept_by_ranks(folder, launch, script, flags):
     """What ranks.py kept of each process, and the run's log."""
-    (tmp_path / name).mkdir(parents=True)
-    command = f"{ROOT}/tests/ranks.py {tmp_path / name} {script} {flags} --out {tmp_path / name}/run"
-    done = subprocess.run(launch + command.split(), capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "EPS": "1"})
+    folder.mkdir(parents=True)
+    command = f"{ROOT}/tests/ranks.py {folder} {script} {flags} --out {folder}/run"
+    done = subprocess.run(
+        launch + command.split(), capture_output=True, text=True, env=ONE_THREAD | {"EPS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    kept = [load(tmp_path / name / f"{rank}.pt") for rank in range(2)
-            if (tmp_path / name / f"{rank}.pt").exists()]
-    return kept, [x for x in log_of(tmp_path / name / "run") if "lr" in x]
-
-
-TWO = torchrun("--standalone", "--nproc_per_node=2")
+    kept = [load(path) for path in sorted(folder.glob("[0-9].pt"))]
+    return kept, [line for line in log_of(folder / "run") if "lr" in line]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, flags", [
-    ("train_decoder.py", "--starts 0 0 0 --eval-every 20 --eval-num 8"),
-    ("train_diffusion.py", f"{SMALL} --sample-every 20")])
-def test_processes_and_micro_batches_equal_one(tmp_path, script, flags):
-    """20 steps of 8 images, the GAN on from the first; AdamW's eps is 1, since with the usual one a parameter
-    whose gradient is near zero turns rounding into steps. The discriminator sees 8-bit images of the decoder
-    after its step, where rounding flips pixels: its first gradient is compared at a rate of 0."""
+@pytest.mark.parametrize(
+    "script, flags, wrapped",
+    [
+        ("train_decoder.py", "--gan 0 --eval-every 20 --eval-num 8", ["Decoder", "Discriminator"]),
+        ("train_diffusion.py", f"{SMALL} --sample-every 20", ["DiTDH"]),
+    ],
+)
+def test_processes_and_micro_batches_equal_one(tmp_path, script, flags, wrapped):
+    """20 steps of 8 images, without the GAN. AdamW's eps is 1: with the usual one a parameter whose
+    gradient is near zero would turn rounding into steps.
+    """
     save_images(tmp_path / "photos", 40, size=(32, 32))
-    flags = f"--data {tmp_path}/photos --batch-size 8 --log-every 1 --save-every 20 --workers 0 {flags}"
-    (one,), log = of_ranks(tmp_path, "one", [sys.executable], script, f"{flags} --steps 20")
-    (parts,), log_parts = of_ranks(tmp_path, "parts", [sys.executable], script,
-                                   f"{flags} --steps 20 --micro-batch 2")
-    (two, other), log_two = of_ranks(tmp_path, "two", TWO, script, f"{flags} --steps 20")
-    assert same(two, other), "ranks differ"
-    assert len(log) == len(log_parts) == len(log_two) == 20
-    keys = {"l1", "perceptual", "gan", "d_loss", "gan_weight", "loss", "grad_norm"} & log[0].keys()
-    for kept, theirs in ((parts, log_parts), (two, log_two)):
-        assert distance(one[0]["grads"], kept[0]["grads"]) < 1e-5
-        for a, b in zip(one, kept, strict=True):
-            print(script, distance(a["grads"], b["grads"]), distance(a["params"], b["params"]))
-            assert distance(a["params"], b["params"]) < 1e-5
-        for a, b in zip(log, theirs):
-            assert all(a[k] == pytest.approx(b[k], rel=1e-3) for k in keys), a["step"]
-    if len(one) == 2:
-        still = f"{flags} --steps 1 --lr 0 --lr-end 0"
-        (one,), _ = of_ranks(tmp_path, "one_still", [sys.executable], script, still)
-        (two, other), _ = of_ranks(tmp_path, "two_still", TWO, script, still)
-        assert same(two, other) and all(distance(a["grads"], b["grads"]) < 1e-5 for a, b in zip(one, two))
+    flags += f" --data {tmp_path}/photos --global-batch-size 8 --log-every 1 --save-every 20"
+    flags += " --workers 0 --steps 20"
+    one, log = kept_by_ranks(tmp_path / "one", [sys.executable], script, flags)
+    assert one[0]["wrapped"] == []
+    assert len(log) == 20
+    for name, launch, micro in (
+        ("parts", [sys.executable], "--micro-batch 3"),
+        ("two", TWO, ""),
+        ("two_parts", TWO, "--micro-batch 3"),
+    ):
+        kept, their_log = kept_by_ranks(tmp_path / name, launch, script, f"{flags} {micro}")
+        if launch == TWO:
+            assert len(kept) == 2
+            assert kept[0]["wrapped"] == wrapped, "gradients are averaged by torch's DDP"
+            assert same(kept[0], kept[1]), "ranks differ"
+        a = one[0]["optimizers"][0]
+        b = kept[0]["optimizers"][0]
+        print(script, name, distance(a["grads"], b["grads"]), distance(a["params"], b["params"]))
+        assert distance(a["grads"], b["grads"]) <= 1e-5
+        assert distance(a["params"], b["params"]) <= 1e-5
+        for x, y in zip(log, their_log, strict=True):
+            for key in {"l1", "perceptual", "loss"} & x.keys():
+                assert x[key] == pytest.approx(y[key], rel=1e-4), (name, x["step"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro", ["", "--micro-batch 3"])
+def test_processes_stay_equal_with_the_gan(tmp_path, micro):
+    """After ten steps of both turns: decoder and discriminator, bit by bit."""
+    save_images(tmp_path / "photos", 40, size=(32, 32))
+    flags = f"--data {tmp_path}/photos --global-batch-size 8 --steps 10 --starts 0 0 0 --workers 0"
+    flags += f" --log-every 1 --eval-num 8 {micro}"
+    kept, log = kept_by_ranks(tmp_path / "two", TWO, "train_decoder.py", flags)
+    assert kept[0]["wrapped"] == ["Decoder", "Discriminator"]
+    assert len(kept[0]["optimizers"]) == 2
+    assert same(kept[0], kept[1])
+    assert all(line["gan_weight"] > 0 and line["d_loss"] > 0 for line in log)
 
 
 @pytest.mark.slow
@@ -118,282 +139,348 @@ def test_two_nodes_on_loopback(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = (f"{ROOT}/train_diffusion.py --data {tmp_path}/photos {SMALL} {TINY['train_diffusion.py']} "
-               f"--out {tmp_path}/run --cache-latents {tmp_path}/cache")
-    launch = torchrun("--nnodes=2", "--nproc_per_node=1", "--rdzv-id=x", "--rdzv-backend=c10d",
-                      f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1")
-    nodes = [subprocess.Popen(launch + command.split(), text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    command = f"{ROOT}/train_diffusion.py --data {tmp_path}/photos {SMALL} --out {tmp_path}/run"
+    command += f" {TINY['train_diffusion.py']}"
+    launch = torchrun(
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv-id=x",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        "--local-addr=127.0.0.1",
+    )
+    nodes = []
+    for _ in range(2):
+        node = subprocess.Popen(
+            launch + command.split(),
+            text=True,
+            env=ONE_THREAD,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        nodes.append(node)
     said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
-    assert sum("cpu x 2" in text for text in said) == 1 and load(tmp_path / "run/checkpoint.pt")["step"] == 4
-
-
-# -------------------------------------------------------------------------------------------- kills and disks
-
-CASES = [("train_diffusion.py", "", 1, ("any", "save", "any")),
-         ("train_diffusion.py", "cache", 1, ("any", "any")),
-         ("train_diffusion.py", "", 2, ("any",)), ("train_diffusion.py", "cache", 2, ("any",)),
-         ("train_decoder.py", "", 1, ("save", "any")), ("train_decoder.py", "", 2, ("any",))]
-
-
-def passed_step_10(log):
-    return log.exists() and log.read_text().count("\n") >= 5
+    assert sum("cpu x 2" in text for text in said) == 1
+    assert load(tmp_path / "run/checkpoint.pt")["step"] == 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, cache, world, moments", CASES)
-def test_a_killed_run_resumes_exactly(tmp_path, script, cache, world, moments):
-    """20 steps, and the same in pieces: kill -9 at a random moment after step 10, or within a save."""
+@pytest.mark.parametrize("script", ["train_decoder.py", "train_diffusion.py"])
+def test_an_error_in_one_process_of_two_ends_both(tmp_path, script):
+    """An image that only one of them meets cannot be read."""
     save_images(tmp_path / "photos", 40, size=(32, 32))
-    flags = {"train_decoder.py": "--starts 0 0.2 0.5 --eval-every 20 --eval-num 8",
-             "train_diffusion.py": "--sample-every 20"}[script]
-    flags += f" --data {tmp_path}/photos --steps 20 --batch-size 16 --save-every 2 --log-every 2 --workers 1"
-    flags += f" --cache-latents {tmp_path}/cache" if cache else ""
-    launch = [sys.executable] if world == 1 else torchrun("--standalone", f"--nproc_per_node={world}")
+    (tmp_path / "photos" / "7.png").write_text("not an image")
+    flags = "--steps 200 --eval-num 2" if script == "train_decoder.py" else f"--steps 200 {SMALL}"
+    if script == "train_decoder.py":
+        # The statistics would meet it first, in both: the run is made without, then goes on.
+        shutil.move(tmp_path / "photos" / "7.png", tmp_path / "7.png")
+        save_images(tmp_path / "photos", 8, size=(32, 32))
+    command = f"{ROOT}/{script} --data {tmp_path}/photos --global-batch-size 4 --workers 1 {flags}"
+    command += f" --out {tmp_path}/run --save-every 1"
+    process = subprocess.Popen(
+        TWO + command.split(),
+        text=True,
+        env=ONE_THREAD,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    if script == "train_decoder.py":
+        while not (tmp_path / "run/checkpoint.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        shutil.copy(tmp_path / "7.png", tmp_path / "photos" / "7.png")
+    began = time.time()
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert time.time() - began < 60
+    assert re.search(r"^error: .*/7.png: not readable as an image", said, re.M), said
 
-    def begin(out):
-        return subprocess.Popen([*launch, f"{ROOT}/{script}", *flags.split(), "--out", str(out)], text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
-    whole = begin(tmp_path / "whole")
-    assert whole.wait() == 0, whole.stdout.read()
-    out, new = tmp_path / "killed", tmp_path / "killed" / "checkpoint.tmp"
-    rng = random.Random(f"{script}{cache}{world}")
+
+# ---------------------------------------------------------------------------------------------
+# Kills and disks
+
+
+def processes_of(folder):
+    """The processes that have this folder in their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and str(folder) in (entry / "cmdline").read_text():
+                found.append(int(entry.name))
+        except OSError:
+            pass  # it has ended meanwhile
+    return found
+
+
+def kill_all(folder):
+    """kill -9 of launcher, processes and readers: torchrun's are in sessions of their own."""
+    while pids := [pid for pid in processes_of(folder) if pid != os.getpid()]:
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        time.sleep(0.05)
+
+
+def begin(script, out, flags, world=1):
+    launch = [sys.executable]
+    if world > 1:
+        launch = torchrun("--standalone", f"--nproc_per_node={world}")
+    return subprocess.Popen(
+        [*launch, f"{ROOT}/{script}", *flags.split(), "--out", str(out)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=ONE_THREAD,
+    )
+
+
+def pictures_of(out):
+    return {path.name: path.read_bytes() for path in Path(out).glob("*.png")}
+
+
+# Ten kills, two of them within a save: (script, processes, moments).
+KILLS = [
+    ("train_diffusion.py", 1, ("any", "save", "any", "any")),
+    ("train_diffusion.py", 2, ("any", "any")),
+    ("train_decoder.py", 1, ("save", "any")),
+    ("train_decoder.py", 2, ("any", "any")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, world, moments", KILLS)
+def test_a_killed_run_resumes_exactly(tmp_path, script, world, moments):
+    """20 steps, and the same in pieces: kill -9 at a random moment after a save, or within one."""
+    save_images(tmp_path / "photos", 40, size=(32, 32))
+    flags = {
+        "train_decoder.py": "--starts 0 0.2 0.5 --eval-every 4 --eval-num 8",
+        "train_diffusion.py": "--sample-every 4",
+    }[script]
+    flags += f" --data {tmp_path}/photos --steps 20 --global-batch-size 16 --save-every 3"
+    flags += " --log-every 2 --workers 1"
+    whole = begin(script, tmp_path / "whole", flags, world)
+    said = whole.communicate()[0]
+    assert whole.returncode == 0, said
+    out = tmp_path / "killed"
+    temporary = out / "checkpoint.tmp"
+    rng = random.Random(f"{script}{world}")
     for moment in moments:
         hit = False
         while not hit:
-            start, process = time.time(), begin(out)
+            saved = (out / "checkpoint.pt").stat().st_mtime_ns if out.exists() else 0
+            began = time.time()
+            process = begin(script, out, flags, world)
             while process.poll() is None:
-                if new.exists() if moment == "save" else passed_step_10(out / "log.jsonl"):
-                    time.sleep(rng.random() * 0.3 if moment == "any" else 0)
-                    os.killpg(process.pid, signal.SIGKILL)
+                if moment == "save":
+                    now = temporary.exists()
+                else:
+                    path = out / "checkpoint.pt"
+                    now = path.exists() and path.stat().st_mtime_ns != saved
+                    if now:
+                        time.sleep(rng.random() * 0.5)
+                if now:
+                    kill_all(out)
                     process.wait()
-                assert time.time() < start + 200
-            assert process.returncode == -signal.SIGKILL, "the run was over before its kill"
-            hit = moment == "any" or new.exists()      # a save that is cut leaves its temporary file
-    process = begin(out)
+                assert time.time() < began + 200
+            process.stdout.close()
+            assert process.returncode != 0, "the run was over before its kill"
+            hit = moment == "any" or temporary.exists()  # a save that is cut leaves this file
+    process = begin(script, out, flags, world)
     said = process.communicate()[0]
     assert process.returncode == 0, said
-    assert same(load(tmp_path / "whole" / "checkpoint.pt"), load(out / "checkpoint.pt"))
-    steps = [[x["step"] for x in log_of(x)] for x in (tmp_path / "whole", out)]
-    assert steps[0] == steps[1]
+    assert same(load_run(tmp_path / "whole"), load_run(out))
+    assert log_of(tmp_path / "whole") == log_of(out)
+    assert pictures_of(tmp_path / "whole") == pictures_of(out)
 
 
 @pytest.mark.slow
-def test_sigterm_saves(tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_says_so(tmp_path, number, code):
+    """The signal goes to the readers too, as Ctrl-C does: one line, no traceback, not code 0."""
     save_images(tmp_path / "photos", 40, size=(32, 32))
-    process = subprocess.Popen([sys.executable, f"{ROOT}/train_diffusion.py", "--data", f"{tmp_path}/photos",
-                                "--out", f"{tmp_path}/run", "--log-every", "1", "--workers", "1"],
-                               stdout=subprocess.PIPE, text=True, start_new_session=True)
+    flags = f"--data {tmp_path}/photos --log-every 1 --save-every 2 --workers 1"
+    process = begin("train_diffusion.py", tmp_path / "run", flags)
+    lines = []
     for line in process.stdout:
-        if line.startswith("step 3 "):                 # as torchrun does: to the worker too
-            os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait() == 0 and not list((tmp_path / "run").glob("samples_*.png"))
+        lines.append(line)
+        if line.startswith("step 3 "):
+            os.killpg(process.pid, number)
+    assert process.wait() == code
+    found = re.fullmatch(
+        r"stopped at step (\d+); the same command goes on from step (\d+)\n", lines[-1]
+    )
+    assert found, lines
+    step = int(found[1])
     saved = load(tmp_path / "run" / "checkpoint.pt")["step"]
-    assert saved == log_of(tmp_path / "run")[-1]["step"] and 3 < saved < 20
+    assert saved == int(found[2])
+    assert step - 2 <= saved <= step
+    assert not any("Traceback" in line for line in lines)
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(run, tmp_path):
+@pytest.mark.slow
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    """One that still goes on after its launcher was killed, too."""
+    save_images(tmp_path / "photos", 40, size=(32, 32))
+    flags = f"--data {tmp_path}/photos --log-every 1 --save-every 2 --workers 1"
+    first = begin("train_diffusion.py", tmp_path / "run", flags, world=2)
+    for line in first.stdout:
+        if line.startswith("step 3 "):
+            break
+    first.kill()
+    assert processes_of(tmp_path / "run"), "torchrun's processes outlive it"
+    second = begin("train_diffusion.py", tmp_path / "run", flags)
+    said = second.communicate(timeout=60)[0]
+    kill_all(tmp_path / "run")
+    assert second.returncode == 1
+    assert said.splitlines()[-1].startswith(f"error: {tmp_path}/run: another run is writing here")
+    assert [line["step"] for line in log_of(tmp_path / "run")][:3] == [1, 2, 3]
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(run, every_checkpoint):  # noqa: F811
     """The run goes on from step 2 in a process that may write files of up to 1 MB."""
     run("train_diffusion.py", "--out run")
-    os.replace("run/previous.pt", "run/checkpoint.pt")
+    os.replace("run/checkpoint.pt.2", "run/checkpoint.pt")
     before = open("run/checkpoint.pt", "rb").read()
-    code = (f"import sys; sys.path.insert(0, '{ROOT}'); import rae, train_diffusion; "
-            "from assets import toy_world; toy_world.TOY = {'train': (60, 0), 'val': (30, 1)}; "
-            "rae.cli(train_diffusion.main)")
+    code = (
+        f"import sys; sys.path.insert(0, '{ROOT}'); import rae, train_diffusion\n"
+        "from assets import toy_world; toy_world.TOY = {'train': (60, 0), 'val': (30, 1)}\n"
+        "try: train_diffusion.main()\n"
+        "except ValueError as error: sys.exit(rae.error_line(error))\n"
+    )
+    limit = (10**6, 10**6)
     done = subprocess.run(
-        [sys.executable, "-c", code, *TINY["train_diffusion.py"].split(), "--out", "run"], text=True,
-        capture_output=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, 10 ** 6)))
-    assert done.returncode == 1 and "continuing at step 2" in done.stdout
-    assert re.fullmatch(r"error: run: step 4 cannot be saved \(.*\); the checkpoint before is kept: .*\n",
-                        done.stderr), done.stderr
-    assert open("run/checkpoint.pt", "rb").read() == before and not os.path.exists("run/checkpoint.tmp")
+        [sys.executable, "-c", code, *TINY["train_diffusion.py"].split(), "--out", "run"],
+        text=True,
+        capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    assert done.returncode == 1
+    assert "going on at step 2" in done.stdout
+    message = (
+        r"error: run/checkpoint.pt: cannot be saved \(.*\); what was there before is kept: .*\n"
+    )
+    assert re.fullmatch(message, done.stderr), done.stderr
+    assert open("run/checkpoint.pt", "rb").read() == before
+    assert not os.path.exists("run/checkpoint.tmp")
 
 
-class NoBatches(torch.utils.data.Dataset):
-    pass
+# ---------------------------------------------------------------------------------------------
+# The average and compilation
 
 
-def run_args(out, **changed):
-    return SimpleNamespace(**dict(out=out, resume="auto", lr=1, steps=9, batch_size=1, workers=0) | changed)
-
-
-def test_checkpoints_survive(tmp_path, group, monkeypatch):
-    part, other = torch.nn.Linear(90, 90), torch.nn.Linear(90, 90)
-    run = R.Run(run_args(tmp_path), "decoder")
-    run.restore(model=part)
-    for _ in zip(range(2), run.steps(NoBatches(), torch.device("cpu"), 0)):
-        run.save(note=3)                               # at steps 0 and 1
-    run = R.Run(run_args(tmp_path), "decoder")
-    assert run.first == 1 and run.saved["note"] == 3
-    assert run.saved["settings"] == dict(kind="decoder", lr=1, steps=9, batch_size=1)
-    run.restore(model=other)
-    assert torch.equal(other.weight, part.weight) and "model" not in run.saved
-    for changed, kind, message in ((dict(lr=2), "decoder", "lr 1 there, 2 here"),
-                                   (dict(resume="never"), "decoder", "holds a run, and --resume never"),
-                                   (dict(), "diffusion", "kind decoder there, diffusion here")):
-        with pytest.raises(ValueError, match=message):
-            R.Run(run_args(tmp_path, **changed), kind)
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:3000])
-    run = R.Run(run_args(tmp_path), "decoder")
-    assert run.first == 0 and run.saved["step"] == 0
-    (tmp_path / "previous.pt").unlink()
-    with pytest.raises(ValueError, match="without a whole checkpoint"):
-        R.Run(run_args(tmp_path), "decoder")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match="without a whole checkpoint"):
-        R.Run(run_args(tmp_path / "other"), "decoder")
-    shutil.rmtree(tmp_path / "other")
-    path.unlink()
-    assert not R.Run(run_args(tmp_path), "decoder").saved
-    monkeypatch.setattr(torch.distributed, "all_gather_object",
-                        lambda steps, step: steps.__setitem__(slice(2), [step, None]))
-    with pytest.raises(ValueError, match="not the same on all nodes"):
-        R.Run(run_args(tmp_path), "decoder")
-
-
-def test_log_forgets_what_a_resumed_run_repeats(tmp_path, group):
-    run = R.Run(run_args(tmp_path), "decoder")
-    for run.first, logged in ((1, (1, 2, 3)), (2, (3,))):
-        for step in run.steps(NoBatches(), torch.device("cpu"), 0):
-            if step in logged:
-                run.log(loss=run.first)
-            if step == 3:
-                break
-        if run.first == 1:
-            with open(tmp_path / "log.jsonl", "a") as f:
-                f.write('{"step": 4, "lo')             # killed while it wrote
-    assert [(x["step"], x["loss"]) for x in log_of(tmp_path)] == [(1, 1), (2, 1), (3, 2)]
-
-
-# ------------------------------------------------------------------------------------ the average and compile
-
-def test_ema_warms_up_and_is_no_alias():
-    model, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    start, target = ema.weight.detach().clone(), model.weight.detach().clone()
-    R.update_ema(ema, model, 0.999, 0)
-    assert gap(ema.weight.detach(), 0.1 * start + 0.9 * target) < 1e-6            # d = 1 / 10
-    before = ema.weight.detach().clone()
-    model.weight.data.zero_()
-    assert torch.equal(ema.weight, before)
-    R.update_ema(ema, model, 0.5, 10 ** 6)
-    assert gap(ema.weight.detach(), 0.5 * before) < 1e-6
-
-
-def random_model(seed=0, **changed):
-    torch.manual_seed(seed)
-    sizes = dict(latent_dim=6, grid=4, width=(16, 32), depth=(2, 2), heads=(2, 4), num_classes=3)
+def random_model(**changed):
+    torch.manual_seed(0)
+    sizes = {
+        "latent_dim": 6,
+        "grid_size": 4,
+        "backbone": (16, 2, 2),
+        "wide_head": (32, 2, 4),
+        "num_classes": 3,
+    }
     model = DiTDH(**sizes | changed)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model
 
 
-compiler = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None,
-                              reason="torch.compile wants a C++ compiler")
+compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="torch.compile wants a C++ compiler",
+)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.slow, compiler])])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=[pytest.mark.slow, compiler])]
+)
 def test_the_average_is_isolated(compiled):
     model = random_model()
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    x, t, y = torch.randn(2, 16, 6), torch.rand(2), torch.tensor([0, 3])
+    x = torch.randn(2, 16, 6)
+    t = torch.rand(2)
+    y = torch.tensor([0, 3])
     before = ema(x, t, y)
     if compiled:
         model.compile()
     online = model(x, t, y)
-    assert gap(online, before) < 1e-5 and online.requires_grad
+    assert gap(online, before) < 1e-5
+    assert online.requires_grad
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1)
-    assert gap(model(x, t, y), before) > 0.01 and torch.equal(ema(x, t, y), before)
+    assert gap(model(x, t, y), before) > 0.01
+    assert torch.equal(ema(x, t, y), before)
 
 
 @pytest.mark.slow
 @compiler
-@pytest.mark.parametrize("script, flags", [
-    ("train_decoder.py", "--starts 0 0 0 --micro-batch 3"),
-    ("train_diffusion.py", f"{SMALL} --checkpoint-activations")])
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("train_decoder.py", "--starts 0 0 0 --micro-batch 3"),
+        ("train_diffusion.py", f"{SMALL} --checkpoint-activations"),
+    ],
+)
 def test_compiled_runs_are_the_same_runs(run, script, flags):
     for out, extra in (("plain", ""), ("compiled", "--compile")):
-        run(script, f"{flags} --steps 3 --batch-size 6 --log-every 1 --out {out} {extra}", tiny=False)
-    a, b = (load(f"{out}/checkpoint.pt") for out in ("plain", "compiled"))
-    assert a["ema"].keys() == b["ema"].keys() and all(k in a["model"] for k in b["model"])
-    a, b = ([x for x in log_of(out) if "lr" in x] for out in ("plain", "compiled"))
-    for x, y in zip(a, b, strict=True):
-        assert all(x[k] == pytest.approx(y[k], rel=1e-3) for k in ("l1", "loss") if k in x)
+        command = f"{flags} --steps 3 --global-batch-size 6 --log-every 1 --out {out} {extra}"
+        run(script, command, tiny=False)
+    a = load("plain/checkpoint.pt")
+    b = load("compiled/checkpoint.pt")
+    assert a["ema"].keys() == b["ema"].keys()
+    assert a["model"].keys() == b["model"].keys()
+    for x, y in zip(log_of("plain"), log_of("compiled"), strict=True):
+        for key in {"l1", "loss"} & x.keys():
+            assert x[key] == pytest.approx(y[key], rel=1e-3)
 
 
-@pytest.mark.parametrize("make", [
-    random_model, lambda: random_model(depth=(2, 0)), lambda: R.Decoder(6, 4, 2, 16, 2, 2, 24)])
-def test_checkpointed_activations_have_equal_gradients(make):
-    model, grads = make(), []
-    for on in (False, True):
-        model.checkpoint_activations = on
-        x = torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(1))
-        kept = 0
+@pytest.mark.parametrize("kind", ["DiT^DH", "DiT", "decoder"])
+def test_checkpointed_activations_have_equal_gradients(kind):
+    if kind == "decoder":
+        torch.manual_seed(0)
+        model = R.Decoder(6, 4, 2, 16, 2, 2, 24)
+    elif kind == "DiT":
+        model = random_model(wide_head=None)
+    else:
+        model = random_model()
+    x = torch.randn(2, 16, 6)
+    t = torch.tensor([0.2, 0.7])
+    y = torch.tensor([0, 3])
+    kept = []
+    gradients = []
+    for checkpointed in (False, True):
+        model.checkpoint_activations = checkpointed
+        sizes = []
 
-        def pack(tensor):
-            nonlocal kept
-            kept += tensor.numel()
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
             return tensor
+
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            if isinstance(model, R.Decoder):
+            if kind == "decoder":
                 loss = model(x).square().mean()
             else:
-                t = torch.tensor([0.2, 0.7])
-                loss = flow_loss(model, x, torch.tensor([0, 3]), 1.0, t, x.flip(0)).mean()
+                loss = flow_loss(model, x, y, 1.0, t, x.flip(0)).mean()
         model.zero_grad()
         loss.backward()
-        grads.append((kept, [p.grad.clone() for p in model.parameters()]))
-    (more, a), (less, b) = grads
-    assert all(map(torch.equal, a, b)) and less < more / 2
+        kept.append(sum(sizes))
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert kept[1] < kept[0] / 2
 
 
-# ------------------------------------------------------------------------------------------- the latent cache
+# ---------------------------------------------------------------------------------------------
+# The benchmark
 
-def test_cached_latents(run, tmp_path):
-    save_images(tmp_path / "photos", 9, size=(44, 40))
-    flags = "--data photos --micro-batch 4 --log-every 1"
-    run("train_diffusion.py", f"{flags} --out online")
-    said = run("train_diffusion.py", f"{flags} --out cached --cache-latents cache")
-    assert "encoding 9 images in both flips, 3.69e-05 GB" in said
-    about, mine = os.stat("cache/latents.npy"), [log_of(out) for out in ("online", "cached")]
-    for a, b in zip(*mine, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and 0 <= b["waiting"] <= 1
-    said = run("train_diffusion.py", f"{flags} --out again --cache-latents cache --workers 1")
-    assert "cache: latents of 9 images" in said
-    assert os.stat("cache/latents.npy").st_mtime_ns == about.st_mtime_ns
-    assert same(load("cached/checkpoint.pt")["model"], load("again/checkpoint.pt")["model"])
-    os.replace("cached/previous.pt", "cached/checkpoint.pt")
-    run("train_diffusion.py", f"{flags} --out cached --cache-latents cache")
-    assert same(load("cached/checkpoint.pt")["model"], load("again/checkpoint.pt")["model"])
-    run("assets/pretrain_encoder.py", "--out enc.pt")
-    run("train_decoder.py", "--encoder enc.pt --out dec")
-    changed = "cache: latents of another encoder or of other images"
-    with pytest.raises(SystemExit, match=changed):
-        run("train_diffusion.py", f"{flags} --out c --cache-latents cache --decoder dec/checkpoint.pt")
-    os.utime("photos/3.png", (1, 1))
-    with pytest.raises(SystemExit, match=changed):
-        run("train_diffusion.py", f"{flags} --out d --cache-latents cache")
-
-
-def test_no_room_for_the_cache(run, monkeypatch):
-    usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(SystemExit, match="cache: no room for 0.000246 GB"):
-        run("train_diffusion.py", "--cache-latents cache")
-    assert not os.path.exists("cache/about.json")
-
-
-# ---------------------------------------------------------------------------------------------- the benchmark
 
 def bench(*arguments):
-    done = subprocess.run([sys.executable, f"{ROOT}/tests/bench.py", *arguments], capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, f"{ROOT}/tests/bench.py", *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -401,7 +488,8 @@ def bench(*arguments):
 @pytest.mark.slow
 def test_what_the_benchmark_computes():
     plain, less = bench("--sizes", "S", "--seconds", "0")["fits"][:2]
-    assert not plain["checkpoint_activations"] and less["checkpoint_activations"]
+    assert not plain["checkpoint_activations"]
+    assert less["checkpoint_activations"]
     for fits in (plain["images"], less["images"]):
         assert list(fits) == ["8 GB", "12 GB", "24 GB", "80 GB"]
         assert 0 < fits["8 GB"] < fits["12 GB"] < fits["24 GB"] < fits["80 GB"]
@@ -412,6 +500,9 @@ def test_what_the_benchmark_computes():
 @compiler
 def test_the_benchmark_measures():
     result = bench("--sizes", "toy", "--seconds", "1")
-    assert [(x["precision"], x["compile"]) for x in result["train"]] == [
-        ("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True)]
-    assert all(x["images_per_s"] > 0 and x["memory_gb"] > 0 and 0 < x["share"] < 1 for x in result["train"])
+    cases = [(x["precision"], x["compile"]) for x in result["train"]]
+    assert cases == [("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True)]
+    for x in result["train"]:
+        assert x["images_per_s"] > 0
+        assert x["memory_gb"] > 0
+        assert 0 < x["share"] < 1
