@@ -272,14 +272,14 @@ def test_a_killed_run_resumes_exactly(tmp_path, script, world, moments):
     for moment in moments:
         hit = False
         while not hit:
-            saved = (out / "checkpoint.pt").stat().st_mtime_ns if out.exists() else 0
+            path = out / "checkpoint.pt"
+            saved = path.stat().st_mtime_ns if path.exists() else 0
             began = time.time()
             process = begin(script, out, flags, world)
             while process.poll() is None:
                 if moment == "save":
                     now = temporary.exists()
                 else:
-                    path = out / "checkpoint.pt"
                     now = path.exists() and path.stat().st_mtime_ns != saved
                     if now:
                         time.sleep(rng.random() * 0.5)
