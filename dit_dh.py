@@ -1,16 +1,18 @@
 """DiT^DH and its flow: the diffusion side of an RAE (arXiv 2510.11690, sections 4 and 5).
 
-    model = DiTDH(latent_dim=64, grid_size=4, backbone=(96, 4, 3), wide_head=(128, 2, 4),
-    num_classes=10) loss = flow_loss(model, z, y, alpha=shift_alpha(16, 64)).mean()        # z (B,
-    N, C), y (B,) z = sample(model, noise, y, time_grid(50, alpha=1.0), cfg_scale=1.5)   # (B, N,
-    C)
+    model = DiTDH(64, 4, backbone=(96, 4, 3), wide_head=(128, 2, 4), num_classes=10)
+    alpha = shift_alpha(num_tokens=16, latent_dim=64)
+    loss = flow_loss(model, z, y, alpha).mean()  # z (B, N, C), y (B,)
+    z = sample(model, noise, y, time_grid(50, alpha), cfg_scale=1.5)  # noise (B, N, C) -> (B, N, C)
 
 A token of a representation encoder has hundreds of channels, and a transformer narrower than that
 cannot predict the noise in it (Theorem 1). DiT^DH therefore reads the noisy latent twice: a deep,
 narrow backbone turns it into one condition per token, and a shallow head, at least as wide as a
 token, turns the latent into the velocity under that condition.
 
-The letters are those of the table at the top of rae.py: t is 0 for data and 1 for noise.
+Letters: B batch, N tokens, C latent channels, D width, d channels of an attention head; z latent,
+y label, t time from 0 (data) to 1 (noise), v velocity. The file imports nothing of ours, so that
+it can be copied out.
 """
 
 import math
@@ -20,8 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Table 13: (width, depth, num_heads). The head of DiT^DH takes its width and num_heads from here
-# too.
+# Table 13: (width, depth, num_heads). The published heads are two blocks of the width of G.
 SIZES = {
     "S": (384, 12, 6),
     "B": (768, 12, 12),
@@ -59,12 +60,11 @@ class TokenEmbedder(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
-    """Times t (B,) -> (B, D): 256 random frequencies, then a small MLP."""
+    """Times t (B,) -> (B, D): sin and cos at 256 random frequencies, a small MLP."""
 
     def __init__(self, width):
         super().__init__()
-        # A parameter, since the released code trains it too: checkpoints differ from the random
-        # start.
+        # Trained, as in the released code: a checkpoint's frequencies are not its random start.
         self.W = nn.Parameter(torch.randn(256))
         self.mlp = nn.Sequential(nn.Linear(512, width), nn.SiLU(), nn.Linear(width, width))
 
@@ -85,7 +85,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Rope(nn.Module):
-    """2-D rotary positions: half of each head turns with the row, half with the column."""
+    """2-D rotary positions: half of each head turns with the row, then half with the column."""
 
     def __init__(self, head_dim, grid_size):
         super().__init__()
@@ -117,9 +117,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rope):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, num_heads, d)
-        qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # (2 or 1, B, num_heads, N, d)
-        q, k = rope(qk).to(v.dtype)  # the tables are float32, under autocast v is bfloat16
-        x = F.scaled_dot_product_attention(q, k, v[0])  # (B, num_heads, N, d)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, num_heads, N, d)
+        q, k = rope(qkv[:2]).to(qkv.dtype)  # the float32 tables would undo autocast's bfloat16
+        x = F.scaled_dot_product_attention(q, k, qkv[2])  # (B, num_heads, N, d)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
@@ -128,7 +128,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        hidden = int(2 / 3 * 4 * width)  # three matrices at the cost of the usual two of 4 D
+        hidden = int(2 / 3 * 4 * width)  # three matrices of this cost as much as two of 4 D
         self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
 
@@ -138,6 +138,7 @@ class SwiGLU(nn.Module):
 
 
 def modulate(x, shift, scale):
+    """What adaLN does to a normed x."""
     return x * (1 + scale) + shift
 
 
@@ -190,7 +191,7 @@ class DiTDH(nn.Module):
         for size in (backbone, wide_head):
             if size is not None and size[0] % (4 * size[2]) != 0:
                 raise ValueError(
-                    f"width {size[0]} with {size[2]} heads: each needs a multiple of 4 channels"
+                    f"width {size[0]} with {size[2]} heads: a head wants a multiple of 4 channels"
                 )
         self.config = dict(
             latent_dim=latent_dim,
@@ -204,37 +205,39 @@ class DiTDH(nn.Module):
         self.num_classes = num_classes
         self.has_wide_head = wide_head is not None
 
-        # The last blocks and the final layer belong to the head, or to the backbone of a plain DiT.
+        # A plain DiT is built as one whose head, as wide as the backbone, has no blocks.
         width, depth, num_heads = backbone
-        last_width, last_depth, last_num_heads = wide_head or (width, 0, num_heads)
+        head_width, head_depth, head_num_heads = wide_head or (width, 0, num_heads)
 
+        # The names are the checkpoints': s and enc mean the backbone, x and dec the head. The
+        # positions are trained, as in the released code; they only start as sin and cos.
         self.pos_embed = nn.Parameter(sincos_2d(width, grid_size)[None])  # (1, N, D)
-        self.x_embedder = TokenEmbedder(latent_dim, last_width)
+        self.x_embedder = TokenEmbedder(latent_dim, head_width)
         self.t_embedder = TimeEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
         if self.has_wide_head:
             self.s_embedder = TokenEmbedder(latent_dim, width)
-            if last_width == width:
+            if head_width == width:
                 self.s_projector = nn.Identity()
             else:
-                self.s_projector = nn.Linear(width, last_width)
+                self.s_projector = nn.Linear(width, head_width)
             self.enc_feat_rope = Rope(width // num_heads, grid_size)
-            self.dec_feat_rope = Rope(last_width // last_num_heads, grid_size)
+            self.dec_feat_rope = Rope(head_width // head_num_heads, grid_size)
         else:
             self.feat_rope = Rope(width // num_heads, grid_size)
 
         backbone_blocks = [Block(width, num_heads) for _ in range(depth)]
-        head_blocks = [Block(last_width, last_num_heads) for _ in range(last_depth)]
+        head_blocks = [Block(head_width, head_num_heads) for _ in range(head_depth)]
         self.blocks = nn.ModuleList(backbone_blocks + head_blocks)
         self.backbone_depth = depth
-        self.final_layer = FinalLayer(last_width, latent_dim)
+        self.final_layer = FinalLayer(head_width, latent_dim)
         self.checkpoint_activations = False  # True: blocks run again in the backward pass
         self.initialize()
 
     def initialize(self):
         """Start as the released models do: every block is the identity and the velocity is zero."""
         # The released plain DiT draws all its matrices Xavier-uniform, as the original DiT does. In
-        # DiT^DH only the two embedders are drawn so, and the rest keeps torch's default.
+        # DiT^DH only the two token embedders (Conv2d) are; other matrices keep torch's default.
         for module in self.modules():
             plain_linear = isinstance(module, nn.Linear) and not self.has_wide_head
             if isinstance(module, nn.Conv2d) or plain_linear:
@@ -245,7 +248,8 @@ class DiTDH(nn.Module):
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
 
-        # Gates of zero close every branch; a last layer of zero predicts the velocity's mean.
+        # Gates of zero close every branch, and a last layer of zero predicts the velocity's mean,
+        # 0.
         zeroed = [layer.adaLN_modulation[1] for layer in [*self.blocks, self.final_layer]]
         for linear in [*zeroed, self.final_layer.linear]:
             nn.init.zeros_(linear.weight)
@@ -261,28 +265,28 @@ class DiTDH(nn.Module):
 
     def forward(self, x_t, t, y):
         """x_t (B, N, C), t (B,) after the shift, labels y (B,) -> the velocity v (B, N, C)."""
-        t = self.t_embedder(t)[:, None]  # (B, 1, D)
-        c = t + self.y_embedder(y)[:, None]  # (B, 1, D)
+        t_emb = self.t_embedder(t)[:, None]  # (B, 1, D)
+        c = t_emb + self.y_embedder(y)[:, None]  # (B, 1, D)
 
-        # Embeddings are made float32 so that the residual stream stays so under autocast: there it
-        # sums up dozens of branches, and bfloat16 would drop the small ones.
         if not self.has_wide_head:
-            x = self.x_embedder(x_t).float() + self.pos_embed  # (B, N, D)
+            x = self.x_embedder(x_t) + self.pos_embed  # (B, N, D)
             x = self.run_blocks(self.blocks, x, c, self.feat_rope)  # (B, N, D)
             return self.final_layer(x, c)  # (B, N, C)
 
-        # The backbone: the noisy latent becomes one condition s per token. The SiLU on c acts
-        # besides the one inside every block's modulation: the released DiT^DH was trained with
-        # both.
+        # The backbone: the noisy latent becomes one condition s per token. The released model
+        # applies SiLU to c here, besides the one inside every block's modulation, and at the end
+        # adds the time once more, without the label: both were trained so.
         backbone_blocks = self.blocks[: self.backbone_depth]
-        s = self.s_embedder(x_t).float() + self.pos_embed  # (B, N, D)
-        s = self.run_blocks(backbone_blocks, s, F.silu(c), self.enc_feat_rope)  # (B, N, D)
-        s = self.s_projector(F.silu(s + t))  # (B, N, D_head)
+        h = self.s_embedder(x_t) + self.pos_embed  # (B, N, D)
+        h = self.run_blocks(backbone_blocks, h, F.silu(c), self.enc_feat_rope)  # (B, N, D)
+        s = self.s_projector(F.silu(h + t_emb))  # (B, N, D_head)
 
-        # The head: the noisy latent once more, at full width, becomes the velocity. It needs no
-        # positions of its own, since s, which differs from token to token, carries them.
+        # The head: the noisy latent once more, at full width, becomes the velocity. Beside the
+        # rotary positions it needs no others, since s, which differs from token to token, carries
+        # them.
         head_blocks = self.blocks[self.backbone_depth :]
-        x = self.x_embedder(x_t).float()  # (B, N, D_head)
+        x = self.x_embedder(x_t)  # (B, N, D_head)
+        x = x.float()  # under autocast too: a bfloat16 residual stream would lose small branches
         x = self.run_blocks(head_blocks, x, s, self.dec_feat_rope)  # (B, N, D_head)
         return self.final_layer(x, s)  # (B, N, C)
 
@@ -294,7 +298,8 @@ class DiTDH(nn.Module):
 def shift_alpha(num_tokens, latent_dim):
     """The schedule shift alpha = sqrt(N C / 4096) (section 4.2), and 1 where that is smaller.
 
-    The more dimensions an image has, the more noise it takes to hide it. 4,096 is the paper's base.
+    The more numbers a latent has, the better they show the image together, through the same noise,
+    and the more noise it takes to hide it. 4,096 is the size that the paper measures from.
     """
     return max(1.0, math.sqrt(num_tokens * latent_dim / 4096))
 
@@ -307,8 +312,8 @@ def shift_time(t, alpha):
 def draw_time(u, dist="logit-normal"):
     """Training times (B,) before the shift, from uniform numbers u (B,).
 
-    "logit-normal" is the sigmoid of a standard normal, as the later release has it, "uniform" the
-    first release's. Both stop at 0.999, as released: at t = 1 the model would see noise alone.
+    "logit-normal", the sigmoid of a standard normal, is the later release's, "uniform" the first's.
+    Both end at 0.999, as released.
     """
     if dist == "uniform":
         return 0.999 * u
@@ -316,18 +321,21 @@ def draw_time(u, dist="logit-normal"):
 
 
 def time_grid(steps, alpha, t_last=0.0, t_first=1.0):
-    """The sampler's times (steps + 1,), from t_first to t_last, both before the shift by alpha.
+    """The sampler's times (steps + 1,), shifted by alpha; t_first and t_last are before the shift.
 
-    steps counts the model's evaluations. The released "50 steps" are steps=49, t_last=0.001.
+    The model is evaluated at all but the last. The release counts points, not evaluations, and
+    stops short of 0: its "50 steps" are steps=49, t_last=0.001.
     """
     t = t_first - torch.linspace(0, t_first - t_last, steps + 1, dtype=torch.float64)
     return shift_time(t, alpha).float()
 
 
 def flow_loss(model, z, y, alpha, t=None, noise=None):
-    """Flow matching's squared error (appendix J) of latents z (B, N, C) and labels y (B,), as (B,).
+    """Flow matching's squared error (appendix J), one mean per sample (B,).
 
-    t (B,), before the shift, and noise (B, N, C) are drawn here unless given.
+    z (B, N, C) are latents and y (B,) labels, some of them replaced by the null label if the model
+    is to learn that. t (B,), before the shift by alpha, and noise (B, N, C) are drawn unless
+    given.
     """
     if t is None:
         t = draw_time(torch.rand(len(z), device=z.device))
@@ -346,11 +354,13 @@ def sample(
 ):
     """Euler steps along v: noise (B, N, C) at timesteps[0] -> a latent (B, N, C) at timesteps[-1].
 
-    y (B,) are labels. Two kinds of guidance (section 5.1, appendix I) push v away from a worse one,
-    at times within `interval` only:
-        cfg_scale:          v = v_null + cfg_scale (v - v_null), v_null that of the null label
-        guide, guide_scale: v = v_weak + guide_scale (v - v_weak), v_weak that of the model `guide`,
-                            a smaller or less trained one (AutoGuidance)
+    timesteps are those of time_grid, y (B,) labels. Two kinds of guidance (section 5.1, appendix I)
+    move v further away from what a worse model predicts. Both act only at times within `interval`,
+    after the shift like timesteps:
+
+        v = v_null + cfg_scale (v - v_null)      v_null is v under the null label
+        v = v_weak + guide_scale (v - v_weak)    v_weak is v of `guide`, a smaller or less trained
+                                                 model (AutoGuidance)
     """
     use_cfg = cfg_scale != 1.0
     use_guide = guide is not None and guide_scale != 1.0
@@ -358,7 +368,7 @@ def sample(
         raise ValueError(
             "cfg_scale and guide exclude each other: leave cfg_scale at 1 or drop the guide"
         )
-    # The ends of the interval are rounded as the times are, so that a time can be equal to an end.
+    # The ends as float32, like the times, so that a time can be equal to an end.
     low, high = torch.tensor(interval, dtype=timesteps.dtype).tolist()
     y_null = torch.full_like(y, model.num_classes)  # (B,)
 
@@ -385,13 +395,12 @@ def sample(
 
 
 def load_released(x, num_heads=None, where="state dict"):
-    """A DiTDH, plain or with a head, in eval mode from the file or dict x.
+    """A DiTDH, plain or with a head, in eval mode from x: a file, a state dict or a checkpoint.
 
-    x is a state dict in the released names, or a checkpoint of train_diffusion.py, which nests one
-    under "ema" beside the model's "config". A state dict alone has its sizes in its tensors'
-    shapes, and num_heads (backbone, head) in those of its rotary tables; give it where these are
-    missing. `where` names x in errors: a ValueError says which tensor is missing, misshapen or
-    unexpected.
+    A state dict in the released names has its sizes in its tensors' shapes; num_heads, a pair for
+    backbone and head, is needed only where it lacks the rotary tables. A checkpoint of ours holds
+    one under "ema", and the sizes under "config". `where` names x in errors: a ValueError says
+    which tensor is missing, misshapen or unexpected.
     """
     if not isinstance(x, dict):
         where = str(x)
@@ -402,17 +411,18 @@ def load_released(x, num_heads=None, where="state dict"):
             f"{where}: this is an RAE decoder, not a diffusion model; pass it as --decoder"
         )
     try:
-        model = DiTDH(**x.get("config") or released_config(state, num_heads))
+        config = x.get("config") or released_config(state, num_heads)
     except KeyError as error:
         missing = error.args[0]
+        hint = "; pass num_heads" if "rope" in missing else ""
         raise ValueError(
-            f"{where}: not a diffusion model, tensor {missing} is missing"
-            + ("; pass num_heads" if "rope" in missing else "")
+            f"{where}: not a diffusion model, tensor {missing} is missing{hint}"
         ) from None
+    model = DiTDH(**config)
     if num_heads is not None:
-        # Rotary tables follow from the sizes, so a file without them loses nothing.
-        ropes = {key: table for key, table in model.state_dict().items() if "feat_rope." in key}
-        state = ropes | state
+        # The tables follow from the sizes, so the fresh model's stand in for missing ones.
+        tables = {name: t for name, t in model.state_dict().items() if "feat_rope." in name}
+        state = tables | state
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -425,19 +435,20 @@ def released_config(state, num_heads=None):
     has_wide_head = any(key.startswith("s_embedder.") for key in state)
     backbone_rope = "enc_feat_rope.freqs_cos" if has_wide_head else "feat_rope.freqs_cos"
     width = state["pos_embed"].shape[2]
-    last_width = state["final_layer.norm_final.weight"].shape[0]
+    head_width = state["final_layer.norm_final.weight"].shape[0]
     if num_heads is None:
         # A rotary table is (N, head_dim).
         num_heads = [width // state[backbone_rope].shape[1]]
         if has_wide_head:
-            num_heads.append(last_width // state["dec_feat_rope.freqs_cos"].shape[1])
+            num_heads.append(head_width // state["dec_feat_rope.freqs_cos"].shape[1])
 
-    # Blocks as wide as the backbone are its own. Where the head is not wider, its depth cannot be
-    # seen: every released head has two blocks.
-    num_blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    # Blocks as wide as the backbone are its own. Where the head is equally wide its depth cannot be
+    # seen, and is taken for two: every released head has two blocks.
+    numbers = [int(key.split(".")[1]) for key in state if key.startswith("blocks.")]
+    num_blocks = 1 + max(numbers, default=0)
     if not has_wide_head:
         depth = num_blocks
-    elif last_width == width:
+    elif head_width == width:
         depth = num_blocks - 2
     else:
         widths = [state[f"blocks.{i}.norm1.weight"].shape[0] for i in range(num_blocks)]
@@ -445,7 +456,7 @@ def released_config(state, num_heads=None):
 
     wide_head = None
     if has_wide_head:
-        wide_head = (last_width, num_blocks - depth, num_heads[1])
+        wide_head = (head_width, num_blocks - depth, num_heads[1])
     return dict(
         latent_dim=state["final_layer.linear.bias"].shape[0],
         grid_size=math.isqrt(state["pos_embed"].shape[1]),

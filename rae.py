@@ -4,14 +4,15 @@
     z = rae.encode(images)          # (B, 3, H, W) in [0, 1] -> (B, N, C), mean 0 and variance 1
     images = rae.decode(z)          # (B, N, C) -> (B, 3, H, W)
 
-From top to bottom: images, the encoder, the decoder, the autoencoder with its latent statistics,
-files, and the few plain functions that several scripts share.
+From top to bottom: images, the encoder, the decoder, the autoencoder with its latent statistics.
+That is the method. Below "Files" come loading and saving, and plain functions that several scripts
+share: read on where a script calls them.
 
 Letters, the same in every file:
     B batch      N tokens = h w      C latent channels      D width of a transformer
     H W pixels   h w latent grid     p patch                t time, from 0 (data) to 1 (noise)
     z latent     eps ~ N(0, I)       x_t = (1 - t) z + t eps        v = eps - z, the velocity
-    alpha the schedule's shift       tau the decoder's latent noise
+    alpha the schedule's shift       tau the decoder's latent noise     y label
 """
 
 import fcntl
@@ -40,10 +41,9 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 
 
 def resize_short_side(image, size):
-    """A PIL image whose short side becomes `size`, as ADM does it (Dhariwal and Nichol 2021).
+    """A PIL image whose short side becomes `size`, in ADM's way (Dhariwal and Nichol 2021).
 
-    It is halved by averaging while twice as large, so that the bicubic step after it, which looks
-    at few pixels, does not skip over any.
+    It is halved by averaging while its short side is at least twice `size`; then one bicubic step.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
@@ -76,14 +76,14 @@ def open_image(path):
 
 
 class ImageFolder:
-    """The images below a folder, whose subfolders are the classes; a flat folder is one class.
+    """The images below a folder; every folder that holds some is a class.
 
-    Images are cropped at their centre to `size` pixels, or, with `resize`, at random after their
-    short side became that long. An image that cannot be read stops the run: skipping it would
-    silently change which images a step sees.
+    Images are cropped to `size` pixels at their centre, or, with `short_side`, at random after
+    their short side was resized to that. An image that cannot be read stops the run: skipping it
+    would silently change which images a step sees.
     """
 
-    def __init__(self, root, size, resize=None):
+    def __init__(self, root, size, short_side=None):
         root = Path(root)
         if not root.is_dir():
             raise ValueError(f"{root}: no such folder")
@@ -95,18 +95,18 @@ class ImageFolder:
         self.classes = sorted(set(folders))
         self.labels = np.unique(folders, return_inverse=True)[1]  # (number of images,)
         self.size = size
-        self.resize = resize
+        self.short_side = short_side
 
     def __len__(self):
         return len(self.files)
 
     def load(self, index, rng=None, flip=False):
-        """Image number `index` as (3, size, size) uint8; rng, of numpy, is for random crops."""
+        """Image number `index` as (3, size, size) uint8; random crops need rng, of numpy."""
         image = open_image(self.files[index])
-        if self.resize is None:
+        if self.short_side is None:
             image = center_crop(image, self.size)
         else:
-            image = random_crop(image, self.size, self.resize, rng)
+            image = random_crop(image, self.size, self.short_side, rng)
         if flip:
             image = image.transpose(Image.FLIP_LEFT_RIGHT)
         return np.asarray(image).transpose(2, 0, 1)
@@ -116,17 +116,17 @@ class ImageFolder:
         return hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
 
 
-def open_data(data, size, split="train", resize=None):
+def open_data(data, size, split="train", short_side=None):
     """The data set that --data names: "toy" or a folder. See ImageFolder for what it offers."""
     if data == "toy":
         from assets.toy_world import ToyShapes
 
         return ToyShapes(split, size)
-    return ImageFolder(data, size, resize)
+    return ImageFolder(data, size, short_side)
 
 
 def read_images(data, indices, device):
-    """The images of these numbers, without flips, as (B, 3, H, W) in [0, 1]."""
+    """The centre crops of these images, as (B, 3, H, W) in [0, 1]."""
     images = np.stack([data.load(index) for index in indices])
     return torch.from_numpy(images).to(device).float() / 255
 
@@ -137,9 +137,9 @@ def read_images(data, indices, device):
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# name: the timm model, the side of its input for one pixel of the image's side, and what else
-# differs. DINOv2 has patches of 14 px: 256 px become 224, so that every model makes 16 x 16 tokens
-# of 256 px.
+# input_ratio is the side of the encoder's input over the side of the image. DINOv2 has patches of
+# 14 px and sees 256 px as 224, so that every encoder of an RAE makes 16 x 16 tokens of them.
+# antialias and act_layer are as in each model's original code, where timm's default differs.
 ENCODERS = {
     "dinov2-s": dict(model="vit_small_patch14_reg4_dinov2.lvd142m", input_ratio=14 / 16),
     "dinov2-b": dict(model="vit_base_patch14_reg4_dinov2.lvd142m", input_ratio=14 / 16),
@@ -149,17 +149,17 @@ ENCODERS = {
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         antialias=False,
-        timm_options=dict(act_layer="gelu_tanh"),  # as released; timm's default is the exact GELU
+        timm_options=dict(act_layer="gelu_tanh"),
     ),
     "mae-b": dict(model="vit_base_patch16_224.mae", antialias=False),
-    # The discriminator of stage 1 looks through this one.
+    # Not for an RAE: the discriminator of train_decoder.py works on its features.
     "dino-s8": dict(model="vit_small_patch8_224.dino", timm_options=dict(act_layer="gelu_tanh")),
 }
-# Parts of timm's models that nothing here runs: a file of weights may lack them.
-UNUSED_PARTS = ("head.", "fc_norm.", "attn_pool.", "pre_logits.")
+# Weights of timm's models that nothing here runs: a file may lack them.
+UNUSED_PREFIXES = ("head.", "fc_norm.", "attn_pool.", "pre_logits.")
 
 
-def fingerprint(tensors):
+def hash_tensors(tensors):
     """A short hash of a dict of tensors."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
@@ -168,10 +168,10 @@ def fingerprint(tensors):
 
 
 class Encoder(nn.Module):
-    """A frozen ViT of timm: images (B, 3, H, W) in [0, 1] of any size -> raw tokens (B, N, C).
+    """A frozen ViT of timm: square images (B, 3, H, W) in [0, 1] -> raw tokens (B, N, C).
 
-    The ViT sees input_size x input_size pixels, normalised by mean and std (3 numbers each). Its
-    position embedding is resized to that; `antialias` says how, since the models' own codes differ.
+    The ViT sees input_size x input_size pixels, with these colours' mean and std (3 numbers each).
+    antialias says whether its position embedding is resized to that with antialiasing.
     """
 
     def __init__(self, vit, input_size, mean, std, antialias=True):
@@ -188,6 +188,7 @@ class Encoder(nn.Module):
         self.grid_size = input_size // patch_size
         self.latent_dim = vit.embed_dim
 
+        # Resized by hand, since timm's own way always antialiases.
         if vit.pos_embed is not None:
             num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
             pos_embed = resample_abs_pos_embed(
@@ -199,12 +200,12 @@ class Encoder(nn.Module):
             vit.pos_embed = nn.Parameter(pos_embed)
         vit.patch_embed.set_input_size((input_size, input_size))
 
-        # The last norm loses its weights (appendix C): every token then has mean 0 and variance 1,
-        # so that no few channels dominate the latent.
+        # The last norm loses its weights (appendix C): each token then has mean 0 and variance 1
+        # over its channels. (Where timm has no last norm, there is no eps to keep.)
         eps = getattr(vit.norm, "eps", 1e-6)
         vit.norm = nn.LayerNorm(self.latent_dim, eps=eps, elementwise_affine=False)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1))
         self.requires_grad_(False)
         self.eval()
 
@@ -215,20 +216,22 @@ class Encoder(nn.Module):
     def fingerprint(self):
         """A hash of the weights in use."""
         state = self.vit.state_dict()
-        used = {name: w for name, w in state.items() if not name.startswith(UNUSED_PARTS)}
-        return fingerprint(used)
+        used = {name: w for name, w in state.items() if not name.startswith(UNUSED_PREFIXES)}
+        return hash_tensors(used)
 
     def forward(self, images):
+        # One bicubic step of any size, without antialiasing, as released.
         if images.shape[-1] != self.input_size:
             images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic")
-        tokens = self.vit.forward_features((images - self.mean) / self.std)  # (B, prefix + N, C)
+        images = (images - self.pixel_mean) / self.pixel_std
+        tokens = self.vit.forward_features(images)  # (B, prefix + N, C)
         return tokens[:, self.vit.num_prefix_tokens :].float()  # (B, N, C): no CLS, no registers
 
 
 def load_timm(model, weights, flag, **options):
     """A timm model with its published weights, or those of a local file in timm's names.
 
-    `flag` is the script's flag for that file: the error of a failed download names it.
+    `flag` is the command-line flag for such a file, to be named where a download fails.
     """
     import timm
 
@@ -241,9 +244,12 @@ def load_timm(model, weights, flag, **options):
             f"({reason}): download them and pass {flag} FILE"
         ) from None
     if weights is not None:
-        state = {name: w for name, w in net.state_dict().items() if name.startswith(UNUSED_PARTS)}
+        # Unused parts stay as they are; everything else must be in the file.
+        state = {
+            name: w for name, w in net.state_dict().items() if name.startswith(UNUSED_PREFIXES)
+        }
         for name, w in read_file(weights).items():
-            if not name.startswith(UNUSED_PARTS):
+            if not name.startswith(UNUSED_PREFIXES):
                 state[name] = w
         load_strict(net, state, weights)
     return net
@@ -253,8 +259,8 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
     """An Encoder for images of image_size x image_size pixels.
 
     name is one of ENCODERS, "timm:MODEL", "toy", or a file written by assets/pretrain_encoder.py.
-    weights is a local file in timm's names, to be read instead of a download; flag is for its
-    errors.
+    weights is a local file in timm's names, read instead of a download; flag is its command-line
+    flag.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -282,7 +288,7 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
         mean = entry.get("mean", IMAGENET_MEAN)
         std = entry.get("std", IMAGENET_STD)
     else:
-        # Patches that do not divide the image make a 16th of its side in tokens, as DINOv2's do.
+        # Where the patch does not divide the image: one token per 16 px, as for DINOv2.
         patch_size = vit.patch_embed.patch_size[0]
         input_ratio = 1 if image_size % patch_size == 0 else patch_size / 16
         mean = vit.pretrained_cfg["mean"]
@@ -315,7 +321,10 @@ def sincos_2d(dim, grid_size):
 
 
 class DecoderBlock(nn.Module):
-    """A pre-norm transformer block on x (B, 1 + N, D), with the names of transformers' ViT."""
+    """A pre-norm transformer block on x (B, 1 + N, D).
+
+    The nested dicts give its parameters the names of Hugging Face's ViT, as in released files.
+    """
 
     def __init__(self, width, num_heads, mlp_dim):
         super().__init__()
@@ -351,8 +360,8 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """A MAE-style ViT: raw tokens (B, N, C) -> images (B, 3, H, W) in normalised colours.
 
-    Each token draws a patch of patch_size pixels, so H = W = grid_size * patch_size. Parameters
-    have the released names.
+    Each token draws a patch of patch_size pixels, so H = W = grid_size * patch_size. As in MAE a
+    CLS token goes along, of which nothing is drawn. Parameters have the released names.
     """
 
     def __init__(self, latent_dim, grid_size, patch_size, width, depth, num_heads, mlp_dim):
@@ -366,16 +375,16 @@ class Decoder(nn.Module):
         self.decoder_embed = nn.Linear(latent_dim, width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         pos_embed = F.pad(sincos_2d(width, grid_size), (0, 0, 1, 0))  # the CLS token's row is 0
-        self.decoder_pos_embed = nn.Parameter(pos_embed[None])  # (1, 1 + N, D)
+        self.decoder_pos_embed = nn.Parameter(pos_embed[None])  # (1, 1 + N, D), trained as released
         blocks = [DecoderBlock(width, num_heads, mlp_dim) for _ in range(depth)]
         self.decoder_layers = nn.ModuleList(blocks)
         self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
         self.decoder_pred = nn.Linear(width, patch_size**2 * 3)
-        self.checkpoint_activations = False  # True: blocks run again in the backward pass
+        self.checkpoint_activations = False  # True: save memory, run blocks again in backward
 
     def forward(self, tokens):
-        # float32, so that the residual stream stays so under autocast
-        x = self.decoder_embed(tokens).float()  # (B, N, D)
+        x = self.decoder_embed(tokens)  # (B, N, D)
+        x = x.float()  # under autocast too: a bfloat16 residual stream would lose small branches
         cls = self.trainable_cls_token.expand(len(x), -1, -1)  # (B, 1, D)
         x = torch.cat([cls, x], dim=1) + self.decoder_pos_embed  # (B, 1 + N, D)
         for layer in self.decoder_layers:
@@ -397,11 +406,15 @@ class Decoder(nn.Module):
 
 
 class RAE(nn.Module):
-    """Encoder and decoder, and between them the mean and variance of the tokens, (C, h, w) each.
+    """Encoder and decoder, and between them the latent statistics.
 
-    Without mean and var the latent z is the raw tokens. In train() mode `noised` adds noise of up
-    to tau to the tokens (section 4.3): sigma is tau U(0, 1), as released, or with "half-normal"
-    |N(0, tau^2)|, as in the paper.
+    mean and var, (C, h, w) each as in released files, are those of each channel at each place over
+    the training set: z = (tokens - mean) / sqrt(var + 1e-5) is what diffusion models. Released
+    files may lack the mean, which then is 0. The decoder works on the raw tokens.
+
+    In train() mode `noised` adds noise of deviation sigma to them (section 4.3). noise_dist
+    "uniform" is sigma = tau U(0, 1), as released; "half-normal" is sigma = |N(0, tau^2)|, the
+    paper's.
     """
 
     def __init__(self, encoder, decoder, mean=None, var=None, tau=0.0, noise_dist="uniform"):
@@ -421,25 +434,24 @@ class RAE(nn.Module):
                     f"statistics {name} have shape {tuple(statistic.shape)}, not {shape}"
                 )
             rows = statistic.flatten(1).T.contiguous().float()  # (N, C), as tokens are
-            self.register_buffer(name, rows)
+            self.register_buffer(f"latent_{name}", rows)
         self.encoder = encoder
         self.decoder = decoder
-        self.image_size = decoder.grid_size * decoder.patch_size
+        self.image_size = decoder.grid_size * decoder.patch_size  # of a decoded image
         self.tau = tau
         self.noise_dist = noise_dist
 
     def fingerprint(self):
         """A hash of the latent space: the encoder's weights and the statistics."""
-        nothing = torch.zeros(0)
-        return fingerprint(
-            {self.encoder.fingerprint(): nothing, "mean": self.mean, "std": self.std}
-        )
+        statistics = hash_tensors({"mean": self.latent_mean, "std": self.latent_std})
+        return hashlib.sha256((self.encoder.fingerprint() + statistics).encode()).hexdigest()[:16]
 
     def noised(self, tokens, generators=None):
-        """Raw tokens (B, N, C) with noise in train() mode, and unchanged in eval() mode.
+        """Raw tokens (B, N, C), with noise in train() mode and unchanged in eval() mode.
 
-        Every image draws its own sigma and noise, from its own of B torch generators if these are
-        given. Diffusion will hand the decoder latents that are never quite right: this prepares it.
+        The decoder will be handed diffusion's latents, which are never quite right: training on
+        noisy tokens prepares it. Every image draws its own sigma and noise, from its own of B
+        torch generators if they are given.
         """
         if not self.training or self.tau == 0:
             return tokens
@@ -453,24 +465,23 @@ class RAE(nn.Module):
 
     def encode(self, images):
         """Images (B, 3, H, W) in [0, 1] -> normalised latents z (B, N, C)."""
-        tokens = self.noised(self.encoder(images))
-        return (tokens - self.mean) / self.std
+        return (self.encoder(images) - self.latent_mean) / self.latent_std
 
     def decode_tokens(self, tokens):
         """Raw tokens (B, N, C) -> images (B, 3, H, W), in about [0, 1], not clamped."""
-        return self.decoder(tokens) * self.encoder.std + self.encoder.mean
+        return self.decoder(tokens) * self.encoder.pixel_std + self.encoder.pixel_mean
 
     def decode(self, z):
         """Normalised latents z (B, N, C) -> images (B, 3, H, W), in about [0, 1], not clamped."""
-        return self.decode_tokens(z * self.std + self.mean)
+        return self.decode_tokens(z * self.latent_std + self.latent_mean)
 
 
 @torch.no_grad()
 def latent_statistics(encoder, data, batch_size, device):
     """The exact mean and variance, (C, h, w) each, of a data set's raw tokens, in both flips.
 
-    One pass in float64, shared by all processes. The released running average depends on the order
-    of the images, and is wrong for small sets.
+    One pass in float64, shared by all processes. The released statistics are a running average,
+    which leans towards the last images.
     """
     rank, world_size = rank_and_world_size()
     total = torch.zeros(encoder.grid_size**2, encoder.latent_dim, dtype=torch.float64)  # (N, C)
@@ -479,13 +490,15 @@ def latent_statistics(encoder, data, batch_size, device):
     for start in tqdm(range(0, len(mine), batch_size), desc="statistics", disable=rank > 0 or None):
         images = read_images(data, mine[start : start + batch_size], device)  # (B, 3, H, W)
         for view in (images, images.flip(-1)):
-            tokens = encoder(view).cpu().double()  # (B, N, C)
+            tokens = encoder(view).cpu().double()  # (B, N, C); mps has no float64
             total += tokens.sum(0)
             total_square += tokens.square().sum(0)
 
-    count = 2 * len(data) / world_size  # what a process saw, on average
-    mean = all_reduce_mean(total) / count
-    var = (all_reduce_mean(total_square) / count - mean.square()).clamp(min=0)
+    # The mean over the processes, times their number, is the sum over all of them.
+    num_views = 2 * len(data)
+    mean = all_reduce_mean(total) * world_size / num_views
+    square = all_reduce_mean(total_square) * world_size / num_views
+    var = (square - mean.square()).clamp(min=0)
     grid = (encoder.grid_size, encoder.grid_size)
     return mean.T.unflatten(1, grid).float(), var.T.unflatten(1, grid).float()
 
@@ -498,7 +511,7 @@ def latent_statistics(encoder, data, batch_size, device):
 def read_file(path):
     """The tensors and plain values of a .pt or .safetensors file.
 
-    Code in it is refused, never run.
+    A pickle that would run code is refused.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
@@ -547,9 +560,9 @@ def load_released_decoder(x, num_heads=None, where="state dict"):
     """A Decoder in eval mode from the file or dict x.
 
     x is a state dict in the released names, or a checkpoint that nests one under "ema". Sizes are
-    read from its tensors' shapes. These do not tell the number of attention heads: that is the
-    checkpoint's, a known width's, or num_heads. `where` names x in errors: ValueError says which
-    tensor is wrong.
+    read from its tensors' shapes. The number of attention heads does not show in them: it is
+    num_heads, or the checkpoint's, or that of a known width. `where` names x in errors: ValueError
+    says which tensor is wrong.
     """
     if not isinstance(x, dict):
         where = str(x)
@@ -581,17 +594,17 @@ def load_released_decoder(x, num_heads=None, where="state dict"):
 
 
 def released_file(name, statistics=False):
-    """The local path of "released:NAME", fetched from Hugging Face once, of "toy", or of a path.
+    """The local file that a name stands for: "toy", "released:NAME" or a path.
 
-    With `statistics` that of the latent statistics which belong to a released decoder.
+    Released files are fetched once. With `statistics` it is the file of latent statistics that
+    belongs to a released decoder.
     """
     if name == "toy":
         return ASSETS / "toy_decoder.pt"
     if not str(name).startswith("released:"):
         return name
-    files = json.loads(
-        (ASSETS / "released.json").read_text()
-    )  # name: [model] or [model, statistics]
+    # {name: [model] or [model, statistics]}, paths in the authors' repository
+    files = json.loads((ASSETS / "released.json").read_text())
     short = name.removeprefix("released:")
     if short not in files:
         raise ValueError(f"{name}: not released; names are {', '.join(files)}")
@@ -618,12 +631,14 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     file = read_file(released_file(name))
     decoder = load_released_decoder(file, where=name)
     if name.startswith("released:"):
+        # released:dinov2-b-512 decodes the same encoder's tokens of larger images.
         encoder = encoder or name.removeprefix("released:").removesuffix("-512")
         stats = stats or released_file(name, statistics=True)
     encoder = encoder or file.get("encoder")
     if encoder is None:
         raise ValueError(f"{name}: the file does not name its encoder; pass --encoder and --stats")
 
+    # Released decoders have one token per 16 px of the encoded image.
     image_size = file.get("encoder_image_size", 16 * decoder.grid_size)
     weights = encoder_weights or file.get("encoder_weights")
     frozen = build_encoder(encoder, image_size, weights)
@@ -667,11 +682,12 @@ def all_reduce_mean(tensor):
     return tensor
 
 
-# Every random draw is a function of its place in the run: (seed, step, row of the global batch) in
-# training, (seed, number of the sample) in sampling; the order of the data is one of (seed,
-# epoch). So nothing random is stored and a resumed run is exact; one process and eight do the same
-# run; and a sample does not depend on the batch that it is drawn in. That is worth a generator per
-# image.
+# Every random draw is a function of its place in the run:
+#     in training, of (seed, step, row of the global batch)
+#     in sampling, of (seed, number of the sample)
+#     the order of the images, of (seed, epoch)
+# So nothing random is stored and a resumed run is exact; one process and eight draw the same; and a
+# sample does not depend on the batch that it is drawn in. It costs a generator per image.
 
 
 def keyed_rng(*key):
@@ -694,7 +710,7 @@ def keyed_noise(keys, shape, device):
     return torch.stack(noise)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # a batch may lie in two epochs
 def epoch_order(seed, epoch, num_images):
     """The order (num_images,) in which an epoch visits the images."""
     return keyed_rng(seed, epoch).permutation(num_images)
@@ -703,8 +719,9 @@ def epoch_order(seed, epoch, num_images):
 class StepBatches(torch.utils.data.Dataset):
     """The run's batches: item `step` is this process's share of that step's global batch.
 
-    An item is images (B, 3, H, W) uint8 and labels (B,). `rows` are the share's places in the
-    global batch. The order of the images goes on from epoch to epoch without a gap.
+    An item is images (B, 3, H, W) uint8 and labels (B,), for a DataLoader with batch_size=None and
+    the steps as its sampler. `rows` are the share's places in the global batch. An epoch may end
+    within a batch: the next one's order follows without a gap.
     """
 
     def __init__(self, data, global_batch_size, seed, flip, rank=0, world_size=1):
@@ -736,7 +753,7 @@ class StepBatches(torch.utils.data.Dataset):
 def update_ema(ema, model, decay, step):
     """ema <- d ema + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)).
 
-    The smaller d at the start lets the average of a short run leave the initial weights behind.
+    With the smaller d at its start the average of a short run soon forgets the initial weights.
     """
     d = min(decay, (1 + step) / (10 + step))
     for average, parameter in zip(ema.parameters(), model.parameters()):
@@ -747,7 +764,7 @@ def open_log(out, step):
     """Open out/log.jsonl for a run that starts or goes on at `step`, locked until the process ends.
 
     Lines of that step and of later ones are cut off: the run will write them again. ValueError if
-    the folder is in use by a run, or holds something else than one.
+    another run is writing to the folder, or if it holds something that is no run.
     """
     out = Path(out)
     path = out / "log.jsonl"
@@ -769,7 +786,7 @@ def open_log(out, step):
     for line in log:
         if not line.endswith("}\n") or json.loads(line)["step"] >= step:
             break  # a later step, or a line that a kill has cut
-        end += len(line)
+        end += len(line)  # JSON is ASCII: characters are bytes
     log.truncate(end)
     return log
 
@@ -778,12 +795,17 @@ def write_log(log, numbers):
     """Write a dict of numbers as one line of JSON, and print those that are not lists."""
     log.write(json.dumps(numbers) + "\n")
     log.flush()
-    shown = {name: value for name, value in numbers.items() if not isinstance(value, list)}
-    print("  ".join(f"{name} {value:.4g}" for name, value in shown.items()), flush=True)
+    shown = []
+    for name, value in numbers.items():
+        if isinstance(value, int):
+            shown.append(f"{name} {value}")
+        elif isinstance(value, float):
+            shown.append(f"{name} {value:.4g}")
+    print("  ".join(shown), flush=True)
 
 
 def check_same_run(out, saved, settings, may_change):
-    """ValueError, naming them, if settings differ from a checkpoint's that may not change."""
+    """ValueError unless our settings equal a checkpoint's, but for the names in may_change."""
     differences = []
     for name in sorted((saved.keys() | settings.keys()) - may_change):
         if saved.get(name) != settings.get(name):
@@ -795,7 +817,7 @@ def check_same_run(out, saved, settings, may_change):
 
 
 def to_uint8(images):
-    """Images in [0, 1] as uint8, rounded; the released code truncates, half a grey level darker."""
+    """Images in [0, 1] as uint8, rounded. The released code truncates: half a level too dark."""
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
@@ -838,5 +860,9 @@ def available_devices():
 
 
 def error_line(error):
-    """A mistake in one line: a DataLoader's worker sends a whole traceback, its text last."""
-    return "error: " + str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+    """What a script prints of a user's mistake: its last line.
+
+    A DataLoader's worker sends its whole traceback as the text of the error, what matters last.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return "error: " + lines[-1].removeprefix("ValueError: ")

@@ -28,7 +28,7 @@ from dit_dh import load_released, sample, shift_alpha, time_grid
 from rae import (
     available_devices,
     error_line,
-    fingerprint,
+    hash_tensors,
     keyed_noise,
     load_rae,
     positive_int,
@@ -141,10 +141,10 @@ def generate(rae, model, labels, timesteps, seed, autocast=nullcontext(), first=
 
     guidance is what dit_dh.sample takes.
     """
-    device = rae.mean.device
+    device = rae.latent_mean.device
     y = torch.tensor(labels, device=device)  # (B,)
     keys = [(seed, first + i) for i in range(len(labels))]
-    noise = keyed_noise(keys, rae.mean.shape, device)  # (B, N, C)
+    noise = keyed_noise(keys, rae.latent_mean.shape, device)  # (B, N, C)
     with autocast:
         z = sample(model, noise, y, timesteps, **guidance)  # (B, N, C)
         return rae.decode(z).clamp(0, 1)  # (B, 3, H, W)
@@ -243,7 +243,7 @@ def main():
     elif not all(0 <= c < model.num_classes for c in classes):
         raise ValueError(f"--classes {classes}: out of range 0 to {model.num_classes - 1}")
     labels = balanced_labels(classes, args.num)
-    alpha = args.alpha or run.get("alpha") or shift_alpha(*rae.mean.shape)
+    alpha = args.alpha or run.get("alpha") or shift_alpha(*rae.latent_mean.shape)
     timesteps = time_grid(args.steps, alpha, args.t_last)
     guided = f"AutoGuidance {args.guide_scale}" if guide else f"CFG {args.cfg_scale}"
     print0(f"{args.ckpt}: {args.num} samples, {args.steps} steps, alpha {alpha:.3f}, {guided}")
@@ -252,8 +252,8 @@ def main():
     # over both would mean nothing.
     record = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
     record["alpha"] = alpha
-    record["weights"] = fingerprint(model.state_dict())
-    record["guide_weights"] = fingerprint(guide.state_dict()) if guide else None
+    record["weights"] = hash_tensors(model.state_dict())
+    record["guide_weights"] = hash_tensors(guide.state_dict()) if guide else None
     record["latents"] = rae.fingerprint()
     record = json.dumps(record)
     out = Path(args.out)

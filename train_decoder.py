@@ -161,7 +161,7 @@ class ViTFeatures(nn.Module):
         size = (self.encoder.input_size, self.encoder.input_size)
         if images.shape[-1] != size[0]:
             images = F.interpolate(images, size, mode="bilinear")
-        images = (images - self.encoder.mean) / self.encoder.std
+        images = (images - self.encoder.pixel_mean) / self.encoder.pixel_std
         features = self.encoder.vit.forward_intermediates(
             images, indices=self.blocks, output_fmt="NLC", intermediates_only=True
         )
@@ -377,7 +377,7 @@ def evaluate(rae, data, args, batch_size, lpips=None, inception=None):
     features, else in the encoder's own. Each is of reconstructions from clean latents and, with
     names in _noisy, from latents with noise of --eval-sigma.
     """
-    device = rae.mean.device
+    device = rae.latent_mean.device
     num = min(args.eval_num, len(data))
     indices = np.linspace(0, len(data) - 1, num).astype(int)
     metrics = {"psnr": psnr, "ssim": ssim}
@@ -564,7 +564,7 @@ def main():
         return
 
     # The images and the frozen encoder.
-    data = open_data(args.data, args.image_size, resize=args.resize)
+    data = open_data(args.data, args.image_size, short_side=args.resize)
     val_data = open_data(args.val_data or args.data, args.image_size, "val")
     batches = StepBatches(data, args.global_batch_size, args.seed, False, rank, world_size)
     local_batch_size = len(batches.rows)

@@ -265,7 +265,7 @@ def main():
 
     # The frozen autoencoder and the images.
     rae = load_rae(args.decoder, args.encoder, args.encoder_weights, args.stats, device)
-    latent_shape = rae.mean.shape  # (N, C)
+    latent_shape = rae.latent_mean.shape  # (N, C)
     alpha = args.alpha or shift_alpha(*latent_shape)
     data = open_data(args.data, rae.image_size)
     batches = StepBatches(

@@ -128,7 +128,7 @@ def main():
         decoder, run.get("encoder"), run.get("encoder_weights"), run.get("stats"), device
     )
     check_fit(args.ckpt, model, run, rae)
-    alpha = run.get("alpha") or shift_alpha(*rae.mean.shape)
+    alpha = run.get("alpha") or shift_alpha(*rae.latent_mean.shape)
 
     # Classes. Between two images no class is right, and a model that was trained without labels
     # knows none.

@@ -97,7 +97,7 @@ def test_broken_images_are_named(tmp_path):
 
 def test_random_crops_differ_and_stay_inside(tmp_path):
     save_images(tmp_path, 1, size=(64, 48))
-    data = R.ImageFolder(tmp_path, 32, resize=40)
+    data = R.ImageFolder(tmp_path, 32, short_side=40)
     crops = [data.load(0, np.random.default_rng(i)) for i in range(8)]
     assert len({crop.tobytes() for crop in crops}) > 4
     assert {crop.shape for crop in crops} == {(3, 32, 32)}
@@ -267,9 +267,9 @@ def test_fingerprints(toy):
     assert rae.fingerprint() != toy.fingerprint(), "other statistics"
     assert rae.fingerprint() != toy.encoder.fingerprint()
     tensors = {"a": torch.zeros(2), "b": torch.ones(2)}
-    assert R.fingerprint(tensors) == R.fingerprint({"a": torch.zeros(2), "b": torch.ones(2)})
-    assert R.fingerprint(tensors) != R.fingerprint(tensors | {"b": torch.zeros(2)})
-    assert R.fingerprint(tensors) != R.fingerprint({"a": torch.zeros(2), "c": torch.ones(2)})
+    assert R.hash_tensors(tensors) == R.hash_tensors({"a": torch.zeros(2), "b": torch.ones(2)})
+    assert R.hash_tensors(tensors) != R.hash_tensors(tensors | {"b": torch.zeros(2)})
+    assert R.hash_tensors(tensors) != R.hash_tensors({"a": torch.zeros(2), "c": torch.ones(2)})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -459,7 +459,7 @@ def test_one_process_in_a_group():
 
 def test_batches_depend_on_seed_and_step_alone(tmp_path):
     save_images(tmp_path, 11, size=(48, 40))
-    data = R.ImageFolder(tmp_path, 32, resize=36)
+    data = R.ImageFolder(tmp_path, 32, short_side=36)
     whole = R.StepBatches(data, 6, 0, flip=True)
     again = R.StepBatches(data, 6, 0, flip=True)
     other = R.StepBatches(data, 6, 1, flip=True)
