@@ -1,9 +1,10 @@
 """Pictures from a trained model: Euler from noise to a latent, then the decoder (appendix E).
 
-    python sample.py                                 # out/diffusion -> out/samples.png and
-    out/samples.npz python sample.py --classes 0,3 --num 8 --out a   # a folder of PNGs torchrun
-    --standalone --nproc_per_node=8 -- sample.py --num 50000 --out x.npz   # "--" ends torchrun's
-    flags
+    python sample.py                                   # out/diffusion -> out/samples.png and .npz
+    python sample.py --classes 0,3 --num 8 --out cats  # a folder of PNGs
+    torchrun --standalone --nproc_per_node=8 -- sample.py --num 50000 --out samples.npz
+
+(torchrun takes --num for a flag of its own unless "--" comes before the script.)
 
 x.npz holds uint8 images (num, H, W, 3), as fid.py and ADM's evaluator take them; x.png is a sheet
 of up to 100 with x.npz beside it. Sample number i follows from (seed, i) and its label alone,

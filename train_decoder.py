@@ -1,16 +1,15 @@
 """Stage 1: train the ViT decoder of a frozen encoder, on noised latents (sections 3, 4.3 and C).
 
     python train_decoder.py                                          # the toy world -> out/decoder
-    python train_decoder.py --data FOLDER --encoder my_encoder.pt    # own images torchrun
-    --standalone --nproc_per_node=8 train_decoder.py --preset imagenet256 --data imagenet/train
-    python train_decoder.py --eval-only --ckpt out/decoder/checkpoint.pt    # the numbers of a
-    decoder
+    python train_decoder.py --data FOLDER --encoder my_encoder.pt    # own images
+    torchrun --standalone --nproc_per_node=8 train_decoder.py --preset imagenet256
+    python train_decoder.py --eval-only --ckpt out/decoder/checkpoint.pt    # a decoder's numbers
 
-L = L1 + perceptual + 0.75 lambda GAN. The last two look through frozen networks (--critics): VGG16
-for LPIPS and DINO-S/8 for the discriminator, or, without a download, the frozen encoder itself for
-both. Writes checkpoint.pt (the decoder, its average, the latent statistics), grid_*.png (rows:
-images, reconstructions, reconstructions from noisy latents) and log.jsonl. The same command goes
-on with a stopped run.
+The loss is L1 + perceptual + 0.75 lambda GAN. The last two compare images in the features of
+frozen networks (--critics): VGG16's for LPIPS and DINO-S/8's for the discriminator, or, without a
+download, the frozen encoder's for both. Writes checkpoint.pt (the decoder, its average, the latent
+statistics), grid_*.png (rows: images, reconstructions, reconstructions from noisy latents) and
+log.jsonl. The same command goes on with a stopped run.
 """
 
 import argparse
@@ -768,7 +767,8 @@ def main():
             is_last_part = start + micro_batch >= local_batch_size
             rows = batches.rows[part]
             generators = [keyed_generator(device, args.seed, step, row) for row in rows]
-            with nullcontext() if is_last_part or not ddp else rae.decoder.no_sync():
+            sync = rae.decoder.no_sync() if ddp and not is_last_part else nullcontext()
+            with sync:
                 with autocast:
                     tokens = encoder(real)  # (B, N, C)
                     reconstruction = rae.decode_tokens(rae.noised(tokens, generators))
@@ -818,7 +818,8 @@ def main():
                 real = images[part]
                 share = len(real) / local_batch_size
                 is_last_part = start + micro_batch >= local_batch_size
-                with nullcontext() if is_last_part or not ddp else ddp_discriminator.no_sync():
+                sync = ddp_discriminator.no_sync() if ddp and not is_last_part else nullcontext()
+                with sync:
                     with autocast:
                         with torch.no_grad():
                             fake = rae.decode_tokens(tokens).clamp(0, 1).mul(255).round() / 255

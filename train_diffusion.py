@@ -2,8 +2,7 @@
 
     python train_diffusion.py                                      # the toy world -> out/diffusion
     python train_diffusion.py --data FOLDER --decoder out/decoder/checkpoint.pt        # own images
-    torchrun --standalone --nproc_per_node=8 train_diffusion.py --preset imagenet256 --data
-    imagenet/train
+    torchrun --standalone --nproc_per_node=8 train_diffusion.py --preset imagenet256
 
 Writes checkpoint.pt (model, average, optimiser), pairs.png (images over reconstructions),
 samples_*.png (a column per class, always from the same noise) and log.jsonl. The same command goes
@@ -451,7 +450,8 @@ def main():
         for start in range(0, local_batch_size, micro_batch):
             part = slice(start, start + micro_batch)
             is_last_part = start + micro_batch >= local_batch_size
-            with nullcontext() if is_last_part or not ddp else ddp_model.no_sync():
+            sync = ddp_model.no_sync() if ddp and not is_last_part else nullcontext()
+            with sync:
                 with autocast:
                     z = rae.encode(images[part] / 255)  # (b, N, C)
                     loss = flow_loss(ddp_model, z, y[part], alpha, t[part], noise[part])  # (b,)
