@@ -6,9 +6,9 @@
     z = sample(model, noise, y, time_grid(50, alpha), cfg_scale=1.5)  # noise (B, N, C) -> (B, N, C)
 
 A token of a representation encoder has hundreds of channels, and a transformer narrower than that
-cannot predict the noise in it (Theorem 1). DiT^DH therefore reads the noisy latent twice: a deep,
-narrow backbone turns it into one condition per token, and a shallow head, at least as wide as a
-token, turns the latent into the velocity under that condition.
+cannot predict the noise in it (Theorem 1). DiT^DH (with a wide DDT head) therefore reads the noisy
+latent twice: a deep, narrow backbone turns it into one condition per token, and a shallow head, at
+least as wide as a token, turns the latent into the velocity under that condition.
 
 Letters: B batch, N tokens, C latent channels, D width, d channels of an attention head; z latent,
 y label, t time from 0 (data) to 1 (noise), v velocity. The file imports nothing of ours, so that
@@ -85,7 +85,10 @@ class LabelEmbedder(nn.Module):
 
 
 class Rope(nn.Module):
-    """2-D rotary positions: half of each head turns with the row, then half with the column."""
+    """2-D rotary positions: half of each head turns with the row, then half with the column.
+
+    (The other order than sincos_2d's; both as released.)
+    """
 
     def __init__(self, head_dim, grid_size):
         super().__init__()
@@ -128,7 +131,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        hidden = int(2 / 3 * 4 * width)  # three matrices of this cost as much as two of 4 D
+        hidden = int(2 / 3 * 4 * width)  # three matrices of 8/3 D cost as much as two of 4 D
         self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
 
@@ -212,7 +215,7 @@ class DiTDH(nn.Module):
         # The names are the checkpoints': s and enc mean the backbone, x and dec the head. The
         # positions are trained, as in the released code; they only start as sin and cos.
         self.pos_embed = nn.Parameter(sincos_2d(width, grid_size)[None])  # (1, N, D)
-        self.x_embedder = TokenEmbedder(latent_dim, head_width)
+        self.x_embedder = TokenEmbedder(latent_dim, head_width)  # the only one of a plain DiT
         self.t_embedder = TimeEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
         if self.has_wide_head:
@@ -268,6 +271,7 @@ class DiTDH(nn.Module):
         t_emb = self.t_embedder(t)[:, None]  # (B, 1, D)
         c = t_emb + self.y_embedder(y)[:, None]  # (B, 1, D)
 
+        # The plain DiT. It takes c as it is, as released.
         if not self.has_wide_head:
             x = self.x_embedder(x_t) + self.pos_embed  # (B, N, D)
             x = self.run_blocks(self.blocks, x, c, self.feat_rope)  # (B, N, D)
@@ -286,7 +290,9 @@ class DiTDH(nn.Module):
         # them.
         head_blocks = self.blocks[self.backbone_depth :]
         x = self.x_embedder(x_t)  # (B, N, D_head)
-        x = x.float()  # under autocast too: a bfloat16 residual stream would lose small branches
+        # Autocast leaves x in bfloat16, where the residual stream would lose small branches.
+        # (Above, adding the float32 positions has made it float32.)
+        x = x.float()
         x = self.run_blocks(head_blocks, x, s, self.dec_feat_rope)  # (B, N, D_head)
         return self.final_layer(x, s)  # (B, N, C)
 
@@ -296,10 +302,11 @@ class DiTDH(nn.Module):
 
 
 def shift_alpha(num_tokens, latent_dim):
-    """The schedule shift alpha = sqrt(N C / 4096) (section 4.2), and 1 where that is smaller.
+    """The schedule shift alpha = sqrt(N C / 4096) (section 4.2), but never below 1, which is ours.
 
-    The more numbers a latent has, the better they show the image together, through the same noise,
-    and the more noise it takes to hide it. 4,096 is the size that the paper measures from.
+    The noise is independent in each of the N C numbers, while the image shows in many of them
+    together: the larger the latent, the less the same t hides of it. The shift makes up for that.
+    4,096 numbers are the size that the paper measures from.
     """
     return max(1.0, math.sqrt(num_tokens * latent_dim / 4096))
 
@@ -317,7 +324,8 @@ def draw_time(u, dist="logit-normal"):
     """
     if dist == "uniform":
         return 0.999 * u
-    return torch.special.ndtri(u).sigmoid().clamp(max=0.999)
+    normal = torch.special.ndtri(u)  # the inverse of the normal distribution function
+    return normal.sigmoid().clamp(max=0.999)
 
 
 def time_grid(steps, alpha, t_last=0.0, t_first=1.0):
@@ -431,7 +439,7 @@ def load_released(x, num_heads=None, where="state dict"):
 
 
 def released_config(state, num_heads=None):
-    """The arguments of DiTDH, each read from one tensor's shape; KeyError names a missing one."""
+    """The arguments of DiTDH, read from shapes of single tensors; KeyError names a missing one."""
     has_wide_head = any(key.startswith("s_embedder.") for key in state)
     backbone_rope = "enc_feat_rope.freqs_cos" if has_wide_head else "feat_rope.freqs_cos"
     width = state["pos_embed"].shape[2]

@@ -311,7 +311,10 @@ DECODERS = {
 
 
 def sincos_2d(dim, grid_size):
-    """2-D sin-cos positions (N, dim). Half of the channels encode the column, half the row."""
+    """2-D sin-cos positions (N, dim). Half of the channels encode the column, half the row.
+
+    The same function stands in dit_dh.py: neither file imports the other.
+    """
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))  # (dim / 4,)
     angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequency  # (grid, dim / 4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim / 2)
@@ -358,10 +361,11 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A MAE-style ViT: raw tokens (B, N, C) -> images (B, 3, H, W) in normalised colours.
+    """A MAE-style ViT: raw tokens (B, N, C) -> images (B, 3, H, W).
 
-    Each token draws a patch of patch_size pixels, so H = W = grid_size * patch_size. As in MAE a
-    CLS token goes along, of which nothing is drawn. Parameters have the released names.
+    Its colours are the encoder's normalised ones; RAE undoes that. Each token draws a patch of
+    patch_size pixels, so H = W = grid_size * patch_size. As in MAE a CLS token goes along, of
+    which nothing is drawn. Parameters have the released names.
     """
 
     def __init__(self, latent_dim, grid_size, patch_size, width, depth, num_heads, mlp_dim):
