@@ -696,9 +696,9 @@ def main():
         # Save, but never while steps are being skipped: the state before may be the last good one.
         new = step > first_step or not resumed
         if new and (step % args.save_every == 0 or last) and skipped_in_a_row == 0:
-            all_reduce_mean(
-                sums
-            )  # so that a resumed run, which knows no processes' own sums, logs alike
+            # The checkpoint holds the processes' mean: from here on each of them goes on from
+            # that, as a resumed run will.
+            all_reduce_mean(sums)
             if rank == 0:
                 checkpoint = {
                     "model": decoder.state_dict(),
@@ -747,7 +747,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         for group in d_optimizer.param_groups:
-            group["lr"] = learning_rate(step - start_d, args)
+            group["lr"] = learning_rate(step - start_d, args)  # not used before start_d
         images, _ = next(stream)
         images = images.to(device, non_blocking=True).float() / 255  # (b, 3, H, W)
         rng = keyed_rng(args.seed, step, args.global_batch_size)

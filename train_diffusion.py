@@ -376,9 +376,9 @@ def main():
         # Save, but never while steps are being skipped: the state before may be the last good one.
         new = step > first_step or not resumed
         if new and (step % args.save_every == 0 or last) and skipped_in_a_row == 0:
-            all_reduce_mean(
-                sums
-            )  # so that a resumed run, which knows no processes' own sums, logs alike
+            # The checkpoint holds the processes' mean: from here on each of them goes on from
+            # that, as a resumed run will.
+            all_reduce_mean(sums)
             if rank == 0:
                 checkpoint = {
                     "model": model.state_dict(),
