@@ -694,8 +694,8 @@ def main():
         last = step == args.steps
 
         # Save, but never while steps are being skipped: the state before may be the last good one.
-        new = step > first_step or not resumed
-        if new and (step % args.save_every == 0 or last) and skipped_in_a_row == 0:
+        unsaved = step > first_step or not resumed
+        if unsaved and (step % args.save_every == 0 or last) and skipped_in_a_row == 0:
             # The checkpoint holds the processes' mean: from here on each of them goes on from
             # that, as a resumed run will.
             all_reduce_mean(sums)
