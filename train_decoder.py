@@ -86,8 +86,7 @@ TOY = {
     "eval_num": 500,
     "save_every": 400,
 }
-# ImageNet (Table 12, as released): 16 epochs of 2,502 steps. The discriminator's learning rate
-# follows its own steps over the whole run's schedule, so it starts at epoch 6 and ends at 8.2e-5.
+# ImageNet (Table 12, as released): 16 epochs of 2,502 steps.
 IMAGENET = {
     "data": "imagenet/train",
     "encoder": "dinov2-b",
@@ -113,8 +112,9 @@ PRESETS = {
     "imagenet256": IMAGENET,
     "imagenet512": IMAGENET | {"image_size": 512, "resize": 768},
 }
-# What may differ when a run is resumed. All other flags define the run; --micro-batch does so too,
-# since the GAN's weight is that of a micro-batch.
+# What may differ when a run is resumed. All other flags define the run. --micro-batch is one of
+# them: the GAN's weight is that of a micro-batch. (It is averaged over the processes, so that
+# their number, which is not compared, matters a little too.)
 MAY_CHANGE = {
     "preset",
     "out",
@@ -143,8 +143,8 @@ LPIPS_MD5 = "d507d7349b931f0638a25a48a722f98a"
 class ViTFeatures(nn.Module):
     """Images in [0, 1] -> five (B, N, C): a frozen ViT's tokens after its last block and quarters.
 
-    For DINO-S/8 these are blocks 11, 2, 5, 8, 11, of 784 tokens each (appendix C). There is no
-    final norm, and no CLS token.
+    For DINO-S/8 these are blocks 11, 2, 5, 8, 11, of 784 tokens each (appendix C): the last one
+    twice, as released. There is no final norm, and no CLS token.
     """
 
     def __init__(self, encoder):
@@ -173,6 +173,7 @@ class VGGFeatures(nn.Module):
     def __init__(self, weights=None):
         super().__init__()
         self.vgg = load_timm("vgg16.tv_in1k", weights, "--vgg-weights")
+        # LPIPS' own constants, for images in [-1, 1]
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
         self.requires_grad_(False)
@@ -189,9 +190,9 @@ class VGGFeatures(nn.Module):
 class PerceptualLoss(nn.Module):
     """The distance (B,) of two batches of images in [0, 1] in a frozen network's features.
 
-    Features become unit vectors; their squared difference is weighted by channel, averaged over
+    Features become unit vectors. Their squared difference, weighted by channel, is averaged over
     the positions and summed over the layers. With VGGFeatures and the learned weights this is
-    LPIPS (Zhang et al. 2018); without weights all channels count alike.
+    LPIPS (Zhang et al. 2018); without weights all channels count alike, and layers are averaged.
     """
 
     def __init__(self, features, weights=None):
@@ -277,9 +278,9 @@ class Discriminator(nn.Module):
 
     forward takes any number of batches, each a list of (B, N, C) as ViTFeatures gives it, and
     returns their logits (B, layers N) in a list. In train() mode every batch begins with one power
-    iteration of the spectral norms. Fake and real images go through one call: between two calls
-    DistributedDataParallel would overwrite the spectral norms' buffers, which the first call's
-    backward pass still needs.
+    iteration of the spectral norms. Fake and real images go through one call, since
+    DistributedDataParallel wants one forward pass before a backward pass: at each it overwrites
+    the spectral norms' buffers.
     """
 
     def __init__(self, width, num_layers):
@@ -422,7 +423,10 @@ def evaluate_checkpoint(args, device):
     """--eval-only: print the numbers of --ckpt as JSON, and draw its sheet."""
     if args.ckpt is None:
         raise ValueError("--eval-only wants a decoder: pass --ckpt")
-    encoder = args.encoder if args.stats else None  # a checkpoint of ours names its own
+    if dist.is_initialized():
+        raise ValueError("--eval-only is for one process: run it without torchrun")
+    # --stats comes with a bare released file, which does not name its encoder as ours do.
+    encoder = args.encoder if args.stats else None
     rae = load_rae(args.ckpt, encoder, args.encoder_weights, args.stats, device)
     data = open_data(args.val_data or args.data, rae.image_size, "val")
     lpips = load_lpips(args, device) if args.critics == "published" else None
@@ -555,7 +559,7 @@ def main():
     # Precision: bfloat16 matrix products; weights, residual streams and losses are float32.
     bf16 = args.precision == "bf16" or (args.precision == "auto" and args.device == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    torch.backends.cuda.matmul.allow_tf32 = bf16
+    torch.backends.cuda.matmul.allow_tf32 = bf16  # fp32 means float32, without TF32
     torch.backends.cudnn.allow_tf32 = bf16
     torch.backends.cuda.enable_cudnn_sdp(False)  # this attention gave NaN in bf16 with torch 2.13
     if args.eval_only:
@@ -565,9 +569,12 @@ def main():
     # The images and the frozen encoder.
     data = open_data(args.data, args.image_size, short_side=args.resize)
     val_data = open_data(args.val_data or args.data, args.image_size, "val")
-    batches = StepBatches(data, args.global_batch_size, args.seed, False, rank, world_size)
+    flip = False  # stage 1 is published without flips
+    batches = StepBatches(data, args.global_batch_size, args.seed, flip, rank, world_size)
     local_batch_size = len(batches.rows)
     micro_batch = args.micro_batch or local_batch_size
+    starts = range(0, local_batch_size, micro_batch)
+    parts = [slice(start, start + micro_batch) for start in starts]
     encoder_image_size = args.image_size // args.upsample
     encoder = build_encoder(args.encoder, encoder_image_size, args.encoder_weights).to(device)
 
@@ -581,6 +588,7 @@ def main():
         check_same_run(out, checkpoint.get("args", {}), settings, MAY_CHANGE)
         first_step = checkpoint["step"]
         print0(f"{out}: going on at step {first_step} of {args.steps}")
+    # All processes must have read the same checkpoint: their mean step is everyone's.
     if all_reduce_mean(torch.tensor(float(first_step), device=device)).item() != first_step:
         raise ValueError(f"{out}: not the same on all nodes; put --out where all of them see it")
     if rank == 0:
@@ -602,7 +610,8 @@ def main():
         load_strict(decoder, init.state_dict(), args.init)
     decoder.checkpoint_activations = args.checkpoint_activations
     ema = copy.deepcopy(decoder).requires_grad_(False).eval()
-    rae = RAE(encoder, decoder, mean, var, args.noise_tau, args.noise_dist).to(device).train()
+    rae = RAE(encoder, decoder, mean, var, args.noise_tau, args.noise_dist).to(device)
+    rae.train()  # for `noised`; the encoder stays in eval mode by itself
     ema_rae = RAE(encoder, ema, mean, var).to(device)
     last_layer = decoder.decoder_pred.weight
 
@@ -624,14 +633,16 @@ def main():
     ddp_discriminator = discriminator
     if ddp:
         device_ids = [device.index] if args.device == "cuda" else None
+        # rae now decodes through the wrapper; `decoder` stays the module itself.
         rae.decoder = DistributedDataParallel(decoder, device_ids=device_ids)
         ddp_discriminator = DistributedDataParallel(discriminator, device_ids=device_ids)
     adamw = {"lr": args.lr, "betas": tuple(args.betas), "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(decoder.parameters(), **adamw)
     d_optimizer = torch.optim.AdamW(discriminator.parameters(), **adamw)
 
-    # What the log averages since its last line, steps that were taken, and skipped. The names on
-    # the left are views of `sums`.
+    # Sums that every step adds to and every line of the log prints and zeroes: the losses, the
+    # steps taken, and those skipped, which had a gradient that was not finite in either turn. The
+    # names on the left are views of `sums`.
     loss_names = ("l1", "perceptual", "gan", "d_loss", "gan_weight")
     sums = torch.zeros(len(loss_names) + 2, device=device)
     loss_sums, taken, skipped = sums.split([len(loss_names), 1, 1])
@@ -673,11 +684,12 @@ def main():
 
     # Ctrl-C and SIGTERM end the run where it is. Nothing is saved then: all processes would have
     # to agree on a step first, and the last checkpoint is minutes old.
-    step = first_step
+    step = first_step  # these two are for `stop` to read
     saved_step = first_step
 
     def stop(number, frame):
         print0(f"stopped at step {step}; the same command goes on from step {saved_step}")
+        # At once, without waiting for workers or for the other processes.
         os._exit(128 + number)  # not 0: what comes after `&&` must not take the run for finished
 
     signal.signal(signal.SIGINT, stop)
@@ -694,7 +706,7 @@ def main():
         last = step == args.steps
 
         # Save, but never while steps are being skipped: the state before may be the last good one.
-        unsaved = step > first_step or not resumed
+        unsaved = step > first_step or not resumed  # at step 0 too: a full disk shows at once
         if unsaved and (step % args.save_every == 0 or last) and skipped_in_a_row == 0:
             # The checkpoint holds the processes' mean: from here on each of them goes on from
             # that, as a resumed run will.
@@ -741,18 +753,22 @@ def main():
         if last:
             break
 
-        # This step's learning rates, images, and uniform numbers for DiffAug: (b, 3, 5), for the
-        # decoder's view, the real images and the fake ones. Their key is that of the row after the
-        # last.
+        # This step's learning rates and images.
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         for group in d_optimizer.param_groups:
-            group["lr"] = learning_rate(step - start_d, args)  # not used before start_d
+            # Its schedule begins, warm-up included, with its own first step, and so does not reach
+            # its end: as released.
+            group["lr"] = learning_rate(max(0, step - start_d), args)
         images, _ = next(stream)
         images = images.to(device, non_blocking=True).float() / 255  # (b, 3, H, W)
+
+        # Uniform numbers for DiffAug, whose key is the number that no row has: (b, 5) each for
+        # what the decoder draws, for the real images and for the fake ones.
         rng = keyed_rng(args.seed, step, args.global_batch_size)
         u = rng.random((args.global_batch_size, 3, 5), dtype=np.float32)
-        u = torch.from_numpy(u[batches.rows.start : batches.rows.stop])  # (b, 3, 5)
+        u = torch.from_numpy(u[batches.rows.start : batches.rows.stop])
+        u_drawn, u_real, u_fake = u.unbind(1)
 
         # The decoder's turn, micro_batch images at a time. The discriminator only judges: it stays
         # in eval mode, without power iterations, and gets no gradients.
@@ -760,14 +776,12 @@ def main():
         discriminator.requires_grad_(False)
         losses = {name: torch.zeros((), device=device) for name in loss_names}
         clean_tokens = []
-        for start in range(0, local_batch_size, micro_batch):
-            part = slice(start, start + micro_batch)
+        for part in parts:
             real = images[part]  # (B, 3, H, W)
             share = len(real) / local_batch_size
-            is_last_part = start + micro_batch >= local_batch_size
             rows = batches.rows[part]
             generators = [keyed_generator(device, args.seed, step, row) for row in rows]
-            sync = rae.decoder.no_sync() if ddp and not is_last_part else nullcontext()
+            sync = rae.decoder.no_sync() if ddp and part != parts[-1] else nullcontext()
             with sync:
                 with autocast:
                     tokens = encoder(real)  # (B, N, C)
@@ -779,22 +793,21 @@ def main():
                 perceptual = torch.zeros((), device=device)
                 if args.perceptual > 0 and step >= start_perceptual:
                     perceptual = perceptual_loss(reconstruction, real).mean()
-                loss = l1 + args.perceptual * perceptual
+                rec_loss = l1 + args.perceptual * perceptual
 
-                # The GAN loss, with the adaptive weight: that of the micro-batch, averaged over
-                # the processes. Gradients at the last layer's weight alone cost no walk through
-                # the decoder.
+                # The GAN loss, and its weight: lambda of the micro-batch, averaged over the
+                # processes. The two gradients stop at the last layer; they walk back through the
+                # frozen networks, as backward() does once more.
                 gan = torch.zeros((), device=device)
                 gan_weight = torch.zeros((), device=device)
                 if args.gan > 0 and step >= start_gan:
                     with autocast:
-                        (logits,) = discriminator(features(augment(reconstruction, u[part, 0])))
+                        (logits,) = discriminator(features(augment(reconstruction, u_drawn[part])))
                     gan = generator_loss(logits)
-                    (g_rec,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+                    (g_rec,) = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)
                     (g_gan,) = torch.autograd.grad(gan, last_layer, retain_graph=True)
                     gan_weight = args.gan * all_reduce_mean(adaptive_weight(g_rec, g_gan))
-                    loss = loss + gan_weight * gan
-                (share * loss).backward()
+                (share * (rec_loss + gan_weight * gan)).backward()
             losses["l1"] += share * l1.detach()
             losses["perceptual"] += share * perceptual.detach()
             losses["gan"] += share * gan.detach()
@@ -812,19 +825,16 @@ def main():
         if args.gan > 0 and step >= start_d:
             discriminator.train()
             discriminator.requires_grad_(True)
-            for number, tokens in enumerate(clean_tokens):
-                start = number * micro_batch
-                part = slice(start, start + micro_batch)
+            for part, tokens in zip(parts, clean_tokens):
                 real = images[part]
                 share = len(real) / local_batch_size
-                is_last_part = start + micro_batch >= local_batch_size
-                sync = ddp_discriminator.no_sync() if ddp and not is_last_part else nullcontext()
+                sync = ddp_discriminator.no_sync() if ddp and part != parts[-1] else nullcontext()
                 with sync:
                     with autocast:
                         with torch.no_grad():
                             fake = rae.decode_tokens(tokens).clamp(0, 1).mul(255).round() / 255
-                            fake_features = features(augment(fake, u[part, 2]))
-                            real_features = features(augment(real, u[part, 1]))
+                            fake_features = features(augment(fake, u_fake[part]))
+                            real_features = features(augment(real, u_real[part]))
                         logits_fake, logits_real = ddp_discriminator(fake_features, real_features)
                     d_loss = hinge_loss(logits_real, logits_fake)
                     (share * d_loss).backward()
@@ -844,10 +854,11 @@ def main():
         else:
             skipped += 1
             skipped_in_a_row += 1
-            if skipped_in_a_row == 5:
+            if skipped_in_a_row == 5 or step + 1 == args.steps:
                 raise ValueError(
-                    "the loss was not finite for 5 steps in a row; the last checkpoint is kept: "
-                    "go on from it with --init and another --out, a lower --lr or --precision fp32"
+                    f"the gradient was not finite for {skipped_in_a_row} steps in a row; the last "
+                    "checkpoint is kept: start a new run from it with --init and another --out, "
+                    "a lower --lr or --precision fp32"
                 )
 
     print0(f"{out}: finished; its decoder is {out}/checkpoint.pt")

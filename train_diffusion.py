@@ -107,7 +107,7 @@ MAY_CHANGE = {
     "save_every",
     "keep_every",
 }
-NUM_BINS = 5  # of t, for the loss in the log
+NUM_BINS = 5  # the log has the loss by bins of t
 
 
 def backbone_size(text):
@@ -119,11 +119,13 @@ def backbone_size(text):
 
 
 def wide_head_size(text):
-    """The type of --wide-head: as --backbone, but a name means two blocks; or none."""
+    """The type of --wide-head: as --backbone, but two blocks where it is a name; or "none"."""
     if text == "none":
         return None
     width, depth, num_heads = backbone_size(text)
-    return width, 2 if text in SIZES else depth, num_heads
+    if text in SIZES:
+        depth = 2
+    return width, depth, num_heads
 
 
 def get_args():
@@ -199,12 +201,11 @@ def learning_rate(step, args):
 
 
 def draw_step(args, step, rows, latent_shape, device):
-    """What chance decides in a step for these rows of the global batch; see keyed_rng in rae.py.
+    """The random numbers of a step for these rows of the global batch; see keyed_rng in rae.py.
 
     t (b,) before the shift, whether the label is dropped (b,), noise (b, N, C).
     """
-    # One key for all rows' numbers, that of the row after the last: a generator a row would be
-    # slow.
+    # t and drop of all rows come from one generator. Its key is the number that no row has.
     rng = keyed_rng(args.seed, step, args.global_batch_size)
     u = rng.random((args.global_batch_size, 2), dtype=np.float32)[rows.start : rows.stop]
     u = torch.from_numpy(u)  # (b, 2)
@@ -258,7 +259,7 @@ def main():
     # float32.
     bf16 = args.precision == "bf16" or (args.precision == "auto" and args.device == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    torch.backends.cuda.matmul.allow_tf32 = bf16
+    torch.backends.cuda.matmul.allow_tf32 = bf16  # fp32 means float32, without TF32
     torch.backends.cudnn.allow_tf32 = bf16
     torch.backends.cuda.enable_cudnn_sdp(False)  # this attention gave NaN in bf16 with torch 2.13
 
@@ -272,6 +273,8 @@ def main():
     )
     local_batch_size = len(batches.rows)
     micro_batch = args.micro_batch or local_batch_size
+    starts = range(0, local_batch_size, micro_batch)
+    parts = [slice(start, start + micro_batch) for start in starts]
 
     # The model, and its average, copied before anything is compiled or wrapped.
     torch.manual_seed(args.seed)  # for the initial weights; every later draw has a key of its own
@@ -294,9 +297,9 @@ def main():
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
 
-    # What the log averages since its last line: the loss and how often, by bins of t; the
-    # gradient's norm; steps that were taken, and skipped. The names on the left are views of
-    # `sums`.
+    # Sums that every step adds to and every line of the log prints and zeroes: the loss and how
+    # many images had it, by bins of t; the gradient's norm; the steps taken; those skipped. The
+    # names on the left are views of `sums`.
     sums = torch.zeros(2 * NUM_BINS + 3, device=device)
     loss_sum, loss_count, norm_sum, taken, skipped = sums.split([NUM_BINS, NUM_BINS, 1, 1, 1])
 
@@ -322,6 +325,7 @@ def main():
     elif args.init:
         start_from(model, args.init)
         ema.load_state_dict(model.state_dict())
+    # All processes must have read the same checkpoint: their mean step is everyone's.
     if all_reduce_mean(torch.tensor(float(first_step), device=device)).item() != first_step:
         raise ValueError(f"{out}: not the same on all nodes; put --out where all of them see it")
     if rank == 0:
@@ -354,11 +358,12 @@ def main():
 
     # Ctrl-C and SIGTERM end the run where it is. Nothing is saved then: all processes would have
     # to agree on a step first, and the last checkpoint is minutes old.
-    step = first_step
+    step = first_step  # these two are for `stop` to read
     saved_step = first_step
 
     def stop(number, frame):
         print0(f"stopped at step {step}; the same command goes on from step {saved_step}")
+        # At once, without waiting for workers or for the other processes.
         os._exit(128 + number)  # not 0: `train && sample` must not sample a half-trained model
 
     signal.signal(signal.SIGINT, stop)
@@ -374,7 +379,7 @@ def main():
         last = step == args.steps
 
         # Save, but never while steps are being skipped: the state before may be the last good one.
-        unsaved = step > first_step or not resumed
+        unsaved = step > first_step or not resumed  # at step 0 too: a full disk shows at once
         if unsaved and (step % args.save_every == 0 or last) and skipped_in_a_row == 0:
             # The checkpoint holds the processes' mean: from here on each of them goes on from
             # that, as a resumed run will.
@@ -442,18 +447,16 @@ def main():
         images = images.to(device, non_blocking=True)  # (b, 3, H, W) uint8
         labels = labels.to(device, non_blocking=True)  # (b,)
         t, drop, noise = draw_step(args, step, batches.rows, latent_shape, device)
-        y = torch.where(drop, model.num_classes, labels)  # (b,)
+        y = torch.where(drop, model.num_classes, labels)  # (b,); num_classes is the null label
 
         # Loss and gradient, micro_batch images at a time. DistributedDataParallel averages the
         # gradients over the processes in the last of these backward passes.
         losses = []
-        for start in range(0, local_batch_size, micro_batch):
-            part = slice(start, start + micro_batch)
-            is_last_part = start + micro_batch >= local_batch_size
-            sync = ddp_model.no_sync() if ddp and not is_last_part else nullcontext()
+        for part in parts:
+            sync = ddp_model.no_sync() if ddp and part != parts[-1] else nullcontext()
             with sync:
                 with autocast:
-                    z = rae.encode(images[part] / 255)  # (b, N, C)
+                    z = rae.encode(images[part] / 255)  # (b, N, C), frozen: without gradient
                     loss = flow_loss(ddp_model, z, y[part], alpha, t[part], noise[part])  # (b,)
                 (loss.sum() / local_batch_size).backward()
             losses.append(loss.detach())
@@ -472,10 +475,11 @@ def main():
         else:
             skipped += 1
             skipped_in_a_row += 1
-            if skipped_in_a_row == 5:
+            if skipped_in_a_row == 5 or step + 1 == args.steps:
                 raise ValueError(
-                    "the loss was not finite for 5 steps in a row; the last checkpoint is kept: "
-                    "go on from it with --init and another --out, a lower --lr or --precision fp32"
+                    f"the gradient was not finite for {skipped_in_a_row} steps in a row; the last "
+                    "checkpoint is kept: start a new run from it with --init and another --out, "
+                    "a lower --lr or --precision fp32"
                 )
         optimizer.zero_grad()
 
