@@ -16,6 +16,7 @@ it can be copied out.
 """
 
 import math
+import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -261,7 +262,8 @@ class DiTDH(nn.Module):
     def run_blocks(self, blocks, x, c, rope):
         for block in blocks:
             if self.checkpoint_activations:
-                x = checkpoint(block, x, c, rope, use_reentrant=False)
+                # Nothing random happens in a block: no random state is to be kept for it.
+                x = checkpoint(block, x, c, rope, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, c, rope)
         return x
@@ -412,7 +414,7 @@ def load_released(x, num_heads=None, where="state dict"):
     """
     if not isinstance(x, dict):
         where = str(x)
-        x = torch.load(x, map_location="cpu", weights_only=True)
+        x = torch.load(x, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(x))
     state = x.get("ema", x)
     if "decoder_embed.weight" in state:
         raise ValueError(

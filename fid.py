@@ -1,26 +1,33 @@
-"""The score: FID, sFID, Inception score, precision and recall, without TensorFlow (appendix E).
+"""The score: FID, sFID, Inception score, precision and recall (appendix E of the RAE paper).
 
     python fid.py                       # out/samples.npz against the toy's validation images
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz --metrics fid,sfid,is,pr
     python fid.py imagenet/val --crop 256 --save val256.npz         # statistics, for later
     torchrun --standalone --nproc_per_node=8 fid.py samples.npz val256.npz
 
-Each side is a folder of images, an .npz of images (arr_0, uint8, (N, H, W, 3)) or an .npz of
-statistics (mu, sigma; for sFID also mu_s, sigma_s). The weights of the network are to be downloaded
-(--weights FILE); without a file the error says from where. Papers on ImageNet mean --mode adm: the
-numbers of ADM's TensorFlow suite, its way of resizing included.
+(The first needs no download and prints no FID, but a distance in the features of the toy's own
+encoder.) It takes the place of the suite of ADM (Dhariwal and Nichol 2021), a TensorFlow program
+whose numbers papers on ImageNet report, and gives the same ones.
 
-From top to bottom: the network, its input, the images, the scores, the two sides, and the script.
-A score is a function of arrays, since the features of all images are held at once: 50,000 x 2,048
-of them are 0.4 GB.
+Two sides are compared, samples and reference. Each is a folder of images or an .npz file, which
+holds images (arr_0, uint8, (N, H, W, 3)), statistics (mu, sigma; for sFID also mu_s, sigma_s), or
+both, as ADM's reference files do. The weights of the Inception network are to be downloaded by
+hand: without them, the error says from where.
+
+From top to bottom: the network (which may be skipped), its input, the images, the scores, the two
+sides, and the script. The features of all images are kept in memory, since they are small: 50,000 x
+2,048 of them are 0.4 GB. So each score is a plain function of arrays.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import struct
 import sys
 import time
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +47,15 @@ URLS = (
 )
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
-# What each metric needs to know of a side. For fid and sfid a file of statistics holds it.
+# What each metric needs of a set of images. For fid and sfid, a file of statistics holds it.
 METRICS = {
     "fid": ["mu", "sigma"],
     "sfid": ["mu_s", "sigma_s"],
     "is": ["is"],
     "pr": ["pool3"],
 }
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
-# Set by torchrun; a process of its own is the first of one.
+# Set by torchrun. Without it, this is process 0 of 1.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -62,12 +68,13 @@ def warn(text):
 # ---------------------------------------------------------------------------------------------
 # The network
 #
-# The names of the layers are torchvision's, since the published weights use them, but the network
-# is not quite torchvision's: FID is defined by a TensorFlow graph of 2015, whose pools differ. Its
-# average pools divide by the number of pixels that the window covers, fewer than nine at the
-# border, and in its last block a maximum stands where the others have an average. Torchvision's
-# network would give other numbers than everybody's, and so would its weights, which come from
-# another training.
+# FID is defined by a TensorFlow graph of 2015 and its weights. The layers and their names are those
+# of torchvision's inception_v3 (Mixed_5b, branch3x3dbl_1), which the published weights use, but for
+# two differences in the pools:
+#     average pools divide by the number of pixels that the window covers, fewer than nine at the
+#     border;
+#     in the last block, a max pool stands in place of the average pool.
+# torchvision's own network and weights would give other numbers than everybody's.
 
 
 def average_pool(x):
@@ -81,7 +88,7 @@ def max_pool(x):
 
 
 def halve(x):
-    """The largest of every other 3 x 3 neighbourhood: (B, C, H, W) to about half of H and W."""
+    """A max pool of 3 x 3 with stride 2 and no padding: (B, C, H, W) to about half of H and W."""
     return F.max_pool2d(x, 3, stride=2)
 
 
@@ -222,8 +229,8 @@ class InceptionV3(nn.Module):
     """The Inception of FID: images (B, 3, 299, 299) in about [-1, 1] -> features of two kinds.
 
     pool3 (B, 2048) is the last layer's mean over the image, for FID. spatial (B, 2023) says where
-    things are, for sFID: the first 7 channels at 17 x 17, which Nash et al. (2021) chose because
-    that makes about as many numbers.
+    things are, for sFID: of Nash et al. (2021), who took the first 7 channels of the layer Mixed_6d
+    at 17 x 17, since 7 * 17 * 17 numbers are about as many as pool3's.
     """
 
     def __init__(self):
@@ -270,7 +277,10 @@ class InceptionV3(nn.Module):
         return pool3, spatial
 
     def logits(self, pool3):
-        """Class scores (B, 1008). ADM's suite leaves out the bias, and so do we."""
+        """Class scores (B, 1008) for the Inception score, without the bias, as in ADM's suite.
+
+        (Of the graph's 1,008 outputs 1,000 are ImageNet's classes.)
+        """
         return pool3 @ self.fc.weight.T
 
 
@@ -302,8 +312,9 @@ def resize_adm(x, size=299):
 def prepare(images, mode):
     """Images with pixels of 0 to 255 as the network wants them, (B, 3, 299, 299).
 
-    images is (B, 3, H, W), or a list of (3, H, W) that differ in size. The modes are those of ADM's
-    suite and of the package pytorch-fid: both widespread, and not to be mixed.
+    images is (B, 3, H, W), or a list of (3, H, W) that differ in size. Mode "adm" is that of ADM's
+    suite: TensorFlow's resize, then (x - 128) / 128. Mode "pytorch-fid" is that of the package:
+    torch's resize, then x / 127.5 - 1. Numbers of the two are not to be compared.
     """
     if isinstance(images, list):  # only after the resize can they be one batch
         return torch.cat([prepare(image[None], mode) for image in images])
@@ -313,12 +324,24 @@ def prepare(images, mode):
     return 2 * x - 1
 
 
-def load_inception(path, device, mode="adm"):
-    """The network of the published weights file, a function that extracts features, and a label.
+@contextmanager
+def float32_only(device):
+    """Compute without gradients in float32: neither the TF32 that cuDNN prefers on GPUs for
+    convolutions, nor a caller's autocast.
+    """
+    no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    no_autocast = torch.autocast(torch.device(device).type, enabled=False)
+    with torch.no_grad(), no_tf32, no_autocast:
+        yield
 
-    The function takes images on the device, as `prepare` does, to pool3 (B, 2048) and spatial
-    (B, 2023). The label says what features these are: only those of equal labels may be compared.
-    Without a path the file is looked for where pytorch-fid puts it.
+
+def load_inception(path, device, mode="adm"):
+    """(network, extract, label) of the published weights file.
+
+    extract(images) is a function that returns pool3 (B, 2048) and spatial (B, 2023) of images as
+    `prepare` takes them. The network itself is needed for its logits. The label says what features
+    these are, and only features of equal labels may be compared. Without a path the file is looked
+    for where the package pytorch-fid puts it.
     """
     path = Path(path or f"{torch.hub.get_dir()}/checkpoints/pt_{WEIGHTS}")
     if not path.is_file():
@@ -337,18 +360,14 @@ def load_inception(path, device, mode="adm"):
         raise ValueError(f"{path}: not the Inception weights ({reason})") from None
 
     def extract(images):
-        # All in float32: neither the TF32 that cuDNN likes nor a caller's autocast.
-        x = prepare(images, mode)
-        tf32_off = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        autocast_off = torch.autocast(x.device.type, enabled=False)
-        with torch.no_grad(), tf32_off, autocast_off:
-            return network(x)
+        with float32_only(device):
+            return network(prepare(images, mode))
 
     return network, extract, f"{mode}, inception {sha[:8]}"
 
 
 def load_encoder(name, image_size, device):
-    """An encoder of rae.py instead: a function that extracts its features, and their label.
+    """(extract, label), as load_inception returns them, of an encoder that rae.py can build.
 
     The features are the mean of the tokens (B, C); there are no spatial ones. The toy encoder needs
     no download, but a distance in its features is a number of its own, not FID.
@@ -360,7 +379,7 @@ def load_encoder(name, image_size, device):
     def extract(images):
         if isinstance(images, list):
             raise ValueError(f"encoder:{name} wants images of one size; pass --crop")
-        with torch.no_grad():
+        with float32_only(device):
             tokens = encoder(images.float() / 255)  # (B, N, C)
         return tokens.mean(dim=1), None
 
@@ -374,9 +393,9 @@ def load_encoder(name, image_size, device):
 class Images:
     """The first `num` images (0 for all) of a folder, an .npz, or the toy's validation images.
 
-    A folder is read with its subfolders, in the order of the paths. crop is the side of ADM's
-    centre crop, or None for the images as they are. size is that of the first ones: a number if
-    square, else such as "40x32", or "mixed".
+    A folder is read with its subfolders, in the order of names. crop is the side of ADM's
+    centre crop, or None for the images as they are. `size` is that of the first 64, to read all of
+    which would take long: "256" where they are square, else such as "40x32", or "mixed".
     """
 
     def __init__(self, source, crop=None, num=0):
@@ -388,21 +407,21 @@ class Images:
 
             items = ToyShapes("val").images.transpose(0, 2, 3, 1)
         elif path.is_dir():
-            items = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+            from rae import list_images
+
+            items = [path / name for name in list_images(self.source)]
         else:
-            items = read_npz(path, ["arr_0"]).get("arr_0")
-            if items is None or items.dtype != np.uint8 or items.shape[3:] != (3,):
-                raise ValueError(f"{source}: wants arr_0 of uint8 (N, H, W, 3)")
+            items = map_images(path)
         self.items = items[:num] if num > 0 else items
         if len(self) < 2:
             raise ValueError(f"{source}: {len(self)} images; a distance needs two at least")
 
         sizes = {self.load(i).shape[1:] for i in range(min(len(self), 64))}
-        height, width = sizes.pop()
-        if sizes:
+        height, width = min(sizes)
+        if len(sizes) > 1:
             self.size = "mixed"
         elif height == width:
-            self.size = width
+            self.size = str(width)
         else:
             self.size = f"{width}x{height}"
 
@@ -436,8 +455,38 @@ class Images:
         return ".jpg" in suffixes or ".jpeg" in suffixes
 
 
+def map_images(path):
+    """The images arr_0 (N, H, W, 3) uint8 of an .npz, mapped into memory where that is possible.
+
+    An .npz is a zip file of arrays. np.savez stores them as they are, so that an array can be
+    mapped: each process then reads only its share of the images. One of np.savez_compressed is read
+    whole.
+    """
+    read_npz(path, [])  # raises if this is no .npz
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = archive.getinfo("arr_0.npy")
+            with archive.open(entry) as f:
+                np.lib.format.read_magic(f)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+                header_size = f.tell()
+    except (KeyError, ValueError):  # no such array, or not one of numbers
+        shape, dtype = (), None
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+        raise ValueError(f"{path}: wants images, an arr_0 of uint8 (N, H, W, 3)")
+    if entry.compress_type != zipfile.ZIP_STORED:
+        return read_npz(path, ["arr_0"])["arr_0"]
+    # Before the array stands the zip's header of this entry: 30 bytes and two names, whose lengths
+    # are in its last four bytes.
+    with open(path, "rb") as f:
+        f.seek(entry.header_offset + 26)
+        length, extra_length = struct.unpack("<HH", f.read(4))
+    offset = entry.header_offset + 30 + length + extra_length + header_size
+    return np.memmap(path, np.uint8, "r", offset, shape)
+
+
 def read_npz(path, names):
-    """Those of the named arrays that an .npz has, as a dict. Others, maybe large, stay unread."""
+    """A dict of those of the named arrays that an .npz has. Other arrays stay unread."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file or folder; run sample.py first, or name both sides")
     arrays = {}
@@ -476,11 +525,15 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 sqrt(sigma1 sigma2)): FID, if they are of pool3 features
     (Heusel et al. 2017), and sFID, if of spatial ones (Nash et al. 2021).
     """
-    # Only the trace of the matrix square root is wanted: the sum of the square roots of the
-    # eigenvalues. scipy's sqrtm computes the whole matrix, which is slow, and gives a complex one
-    # where the product is singular, that is, with fewer images than features. eigh of the product
-    # in a symmetric form is off by 1e-4 there. The true eigenvalues are real and not negative. One
-    # that rounding made a little negative has an imaginary root, whose real part, 0, is counted.
+    # Of the matrix square root only the trace is wanted, which is the sum of the square roots of
+    # the eigenvalues. The product of two covariances is not symmetric, but has the eigenvalues of
+    # sqrt(sigma1) sigma2 sqrt(sigma1), which is: they are real and not negative. eigvals returns
+    # them as complex numbers. One that rounding made a little negative then has an imaginary root,
+    # whose real part, 0, is counted.
+    #
+    # Other ways are worse. scipy's sqrtm computes the whole matrix, which is slow, and gives a
+    # complex one where the product is singular, that is, with fewer images than features. eigh of
+    # the symmetric form above is off by 1e-4 in that case.
     eigenvalues = scipy.linalg.eigvals(sigma1 @ sigma2)
     trace_of_root = np.sqrt(eigenvalues).real.sum()
     difference = mu1 - mu2
@@ -491,8 +544,8 @@ def inception_score(logits):
     """The Inception score (Salimans et al. 2016) from the class scores (n, 1008) of all images.
 
     exp(H(p(y)) - mean H(p(y | x))): high if each image is clearly of one class, and all classes
-    occur. It is averaged over chunks of 5,000 images in the order of the file: samples that are
-    sorted by class give another, lower number.
+    occur. As in ADM's suite it is averaged over chunks of 5,000 images in the order of the file. So
+    samples must not be sorted by class: each chunk would hold few classes, and the score be low.
     """
     scores = []
     for chunk in torch.as_tensor(logits).split(5000):
@@ -503,14 +556,15 @@ def inception_score(logits):
     return torch.stack(scores).mean().item()
 
 
-# Features whose distances are computed at once. 50,000 distances of each are 200 MB.
+# Distances are computed for so many images at a time: those of 500 to 50,000 others are 200 MB.
 BLOCK = 500
 
 
 def distances(rows, features):
     """The distances of rows (b, D) to all features (n, D), as (b, n).
 
-    In float64: where features lie far from 0 and close together, most digits cancel.
+    In float64, since cdist computes |a|^2 + |b|^2 - 2 a b, where most digits cancel if features lie
+    far from 0 and close together. Blocks of features, so that not all are float64 at once.
     """
     rows = rows.double()
     blocks = [torch.cdist(rows, block.double()) for block in features.split(BLOCK)]
@@ -519,7 +573,8 @@ def distances(rows, features):
 
 def neighbour_radii(features):
     """The distance (n,) of each of the features (n, D) to the third nearest of the others."""
-    count = min(4, len(features))  # the nearest of the four is the image itself
+    k = 3
+    count = min(k + 1, len(features))  # the nearest of all is the image itself
     radii = []
     for rows in features.split(BLOCK):
         nearest = distances(rows, features).topk(count, largest=False).values  # (b, 4), sorted
@@ -537,6 +592,8 @@ def precision_recall(samples, references, device="cpu"):
     references = torch.as_tensor(references, device=device)
     sample_radii = neighbour_radii(samples)  # (n,)
     reference_radii = neighbour_radii(references)  # (m,)
+    # A sample is judged as soon as it has been compared with all references, a reference only after
+    # all samples.
     precise = []
     recalled = torch.zeros(len(references), dtype=torch.bool, device=device)
     for rows, radii in zip(samples.split(BLOCK), sample_radii.split(BLOCK)):
@@ -553,8 +610,9 @@ def precision_recall(samples, references, device="cpu"):
 def extract_features(images, extract, batch_size, device, with_spatial=False):
     """The features of all images, in their order: pool3 (n, D), and spatial (n, 2023) or None.
 
-    The processes take batches in turn, and the first one has them all in the end. The batches hold
-    the same images for any number of processes, so that the features are the same bit for bit.
+    The processes take batches in turn; in the end process 0 has the features of all. A batch holds
+    the same images for any number of processes: an image's features depend on the others in its
+    batch by their rounding, and so are the same to the bit.
     """
     # One image tells the number of features, also to a process that gets no batch.
     pool3, spatial = extract(images.batch(0, 1, device))
@@ -579,10 +637,10 @@ def extract_features(images, extract, batch_size, device, with_spatial=False):
     return all_pool3, all_spatial
 
 
-def statistics(images, metrics, network, extract, batch_size, device):
-    """What these metrics need to know of the images, a dict with the names in METRICS.
+def compute_statistics(images, metrics, network, extract, batch_size, device):
+    """What these metrics need of the images, a dict with the names in METRICS.
 
-    network and extract are those of load_inception. Processes but the first return an empty dict.
+    network and extract are those of load_inception. Processes other than 0 return an empty dict.
     """
     result = {}
     with_spatial = "sfid" in metrics
@@ -603,29 +661,36 @@ def statistics(images, metrics, network, extract, batch_size, device):
 
 
 class Side:
-    """One side of a comparison: the statistics that its file holds, and images for the rest.
+    """One side of a comparison, samples or reference: what its file knows, and images for the rest.
 
-    missing are the metrics for which images must be looked at; images is None if that is no metric.
-    label says of which features the file's statistics are ("" if the file does not), n of how many
-    images (0 if unknown), and size of how large ones ("?" if unknown).
+        statistics  a dict with names of METRICS: first what the file holds, later all that is asked
+        label       what features the file's statistics are of; "" if the file does not say
+        missing     those of the metrics for which images have to be looked at
+        images      an Images for them, or None if nothing is missing
+        n           the number of images behind the numbers; 0 if the file does not say
+        size        their size, such as "256"; "?" if the file does not say
+
+    With from_images the statistics of a file are left aside.
     """
 
-    def __init__(self, source, metrics, crop, num):
+    def __init__(self, source, metrics, crop, num, from_images=False):
         self.source = source
         self.statistics = {}
         self.label = ""
         self.n = 0
         self.size = "?"
-        if source.endswith(".npz"):
+        if source.endswith(".npz") and not from_images:
             arrays = read_npz(Path(source), METRICS["fid"] + METRICS["sfid"])
             self.statistics = {name: array.astype(np.float64) for name, array in arrays.items()}
             about = read_npz(Path(source), ["label", "n", "size"])
-            self.label = str(about.get("label", self.label))
-            self.n = int(about.get("n", self.n))
-            self.size = str(about.get("size", self.size))
+            self.label = str(about.get("label", ""))
+            self.n = int(about.get("n", 0))
+            self.size = str(about.get("size", "?"))
 
-        known = self.statistics.keys()
-        self.missing = [metric for metric in metrics if not known >= set(METRICS[metric])]
+        self.missing = []
+        for metric in metrics:
+            if not all(name in self.statistics for name in METRICS[metric]):
+                self.missing.append(metric)
         self.images = None
         if self.missing:
             self.images = Images(source, crop, num)
@@ -633,12 +698,18 @@ class Side:
             self.size = self.images.size
 
     def check_label(self, label):
-        """Statistics of other features than these stop the score; unknown ones are warned of."""
-        if self.label and self.label != label:
+        """ValueError if the file's statistics are of other features than those with this label.
+
+        Files of others, such as ADM's, do not say. They are taken for Inception's.
+        """
+        if not self.statistics:
+            return
+        theirs = self.label or "Inception, as the file says nothing else"
+        if self.label != label and (self.label or "inception" not in label):
             raise ValueError(
-                f"{self.source}: statistics of ({self.label}), not of ({label}); make new ones"
+                f"{self.source}: statistics of ({theirs}), not of ({label}); make new ones"
             )
-        if self.statistics and not self.label:
+        if not self.label:
             warn(f"{self.source} does not say of what features its numbers are; taken for {label}")
 
 
@@ -656,7 +727,12 @@ def get_args():
     # what is compared
     p.add_argument("samples", nargs="?", default="out/samples.npz", help="folder or .npz")
     p.add_argument("reference", nargs="?", default="toy", help="folder, .npz or toy")
-    p.add_argument("--num", type=int, default=0, help="first images of each side, 0 for all")
+    p.add_argument(
+        "--num",
+        type=int,
+        default=0,
+        help="only the first images of each side, 0 for all; statistics are as they are",
+    )
     p.add_argument("--crop", type=int, help="ADM's centre crop of every image to this side first")
     p.add_argument("--save", help="write the statistics of SAMPLES to this .npz and stop")
     # how
@@ -679,7 +755,8 @@ def get_args():
 def main():
     args = get_args()
 
-    # What is computed, in which features: with --save, all that a file of statistics can hold
+    # What is computed, and in which features: Inception's, but for the toy, whose own encoder needs
+    # no download. A file of statistics gets all that it can hold.
     features = args.features
     if features is None and args.reference == "toy" and not args.weights and not args.save:
         features = "encoder:toy"
@@ -694,8 +771,11 @@ def main():
         raise ValueError(f"--features {features}: wants inception or encoder:NAME")
     if features != "inception" and metrics != ["fid"]:
         raise ValueError(
-            f"--metrics {args.metrics}: only fid's distance is there for --features {features}"
+            f"--metrics {args.metrics}: {features} has features for fid's distance alone; the "
+            "others want Inception's (--weights FILE)"
         )
+    if args.save and not args.save.endswith(".npz"):
+        raise ValueError(f"--save {args.save}: wants a name that ends in .npz")
 
     # Processes: gloo, since they only exchange features that are on the CPU
     device = args.device
@@ -704,9 +784,9 @@ def main():
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
 
-    # The two sides; of the reference the Inception score knows nothing
+    # The two sides. The Inception score needs no reference.
     began = time.time()
-    samples = Side(args.samples, metrics, args.crop, args.num)
+    samples = Side(args.samples, metrics, args.crop, args.num, from_images=bool(args.save))
     sides = [samples]
     if not args.save:
         comparing = [metric for metric in metrics if metric != "is"]
@@ -714,7 +794,7 @@ def main():
         sides.append(reference)
         if samples.images is not None and samples.images.has_jpeg():
             warn(f"{args.samples} holds JPEG images; their losses alone raise FID by points")
-    sizes = sorted({str(side.size) for side in sides} - {"?"})
+    sizes = sorted({side.size for side in sides} - {"?"})
     if len(sizes) > 1:
         raise ValueError(
             f"{args.samples} and {args.reference} have {' and '.join(sizes)} px; "
@@ -730,7 +810,7 @@ def main():
         network = None
         extract, label = load_encoder(features.removeprefix("encoder:"), int(sizes[0]), device)
 
-    # Features and their statistics
+    # Features and their statistics. Which label these have is known only now.
     for side in sides:
         side.check_label(label)
     num_seen = 0
@@ -738,12 +818,14 @@ def main():
         if side.images is None:
             continue
         num_seen += len(side.images)
-        found = statistics(side.images, side.missing, network, extract, args.batch_size, device)
+        found = compute_statistics(
+            side.images, side.missing, network, extract, args.batch_size, device
+        )
         side.statistics.update(found)
     rate = num_seen / (time.time() - began)
 
-    # The first process has it all now. The group ends only where all went well: to end it after
-    # an error could mean to wait for the other processes, and the error would never be seen.
+    # Process 0 has it all now. The group is ended here and not in a `finally`: after an error in
+    # one process that would wait for the others, and the error would never be seen.
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if RANK > 0:
@@ -755,27 +837,28 @@ def main():
         return
 
     # The scores
-    ours = samples.statistics
-    theirs = reference.statistics
+    a = samples.statistics
+    b = reference.statistics
     scores = {}
     if "fid" in metrics:
         name = "FID" if features == "inception" else "Frechet distance"
-        scores[name] = frechet_distance(ours["mu"], ours["sigma"], theirs["mu"], theirs["sigma"])
+        scores[name] = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
     if "sfid" in metrics:
-        scores["sFID"] = frechet_distance(
-            ours["mu_s"], ours["sigma_s"], theirs["mu_s"], theirs["sigma_s"]
-        )
+        scores["sFID"] = frechet_distance(a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"])
     if "is" in metrics:
-        scores["IS"] = ours["is"]
+        scores["IS"] = a["is"]
     if "pr" in metrics:
         where = "cpu" if device == "mps" else device  # mps has no float64
-        precision, recall = precision_recall(ours["pool3"], theirs["pool3"], where)
+        precision, recall = precision_recall(a["pool3"], b["pool3"], where)
         scores["precision"] = precision
         scores["recall"] = recall
 
     # One line, or one JSON object
-    if samples.n < 2048 and features == "inception":
-        warn(f"{samples.n} samples; below 2048 the number is far too high, and papers use 50,000")
+    if "fid" in metrics and 0 < samples.n < 2048 and features == "inception":
+        warn(
+            f"{samples.n} samples; with fewer than the 2,048 features FID is far too high, and "
+            "papers use 50,000"
+        )
     if args.json:
         about = dict(num=samples.n, label=label, images_per_s=rate, reference=args.reference)
         print(json.dumps(scores | about))
@@ -790,3 +873,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {str(error).splitlines()[-1]}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -15,11 +15,12 @@ Letters, the same in every file:
     alpha the schedule's shift       tau the decoder's latent noise     y label
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import os
+import zipfile
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,6 +33,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 ASSETS = Path(__file__).resolve().parent / "assets"
 
 # ---------------------------------------------------------------------------------------------
@@ -40,28 +46,32 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
 
-def resize_short_side(image, size):
-    """A PIL image whose short side becomes `size`, in ADM's way (Dhariwal and Nichol 2021).
+def center_crop(image, size):
+    """The central square of a PIL image as size x size pixels, in ADM's way (Dhariwal and Nichol
+    2021).
 
-    It is halved by averaging while its short side is at least twice `size`; then one bicubic step.
+    The image is halved by averaging while its short side is at least twice `size`; then one bicubic
+    step brings the short side to `size`, and the square is cut out.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-
-
-def center_crop(image, size):
-    """The central square of a PIL image, resized to size x size pixels: ADM's crop."""
-    image = resize_short_side(image, size)
-    left = (image.width - size) // 2
-    top = (image.height - size) // 2
+    width = round(image.width * scale)
+    height = round(image.height * scale)
+    image = image.resize((width, height), Image.BICUBIC)
+    left = (width - size) // 2
+    top = (height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def random_crop(image, size, short_side, rng):
-    """Any square of size x size pixels from a PIL image whose short side becomes `short_side`."""
-    image = resize_short_side(image, short_side)
+    """Any square of size x size pixels from a PIL image whose short side becomes `short_side`.
+
+    The image is resized in one bicubic step, as in the released training of the decoder.
+    """
+    width = int(short_side * image.width / min(image.size))
+    height = int(short_side * image.height / min(image.size))
+    image = image.resize((width, height), Image.BICUBIC)
     left = int(rng.integers(image.width - size + 1))
     top = int(rng.integers(image.height - size + 1))
     return image.crop((left, top, left + size, top + size))
@@ -75,45 +85,91 @@ def open_image(path):
         raise ValueError(f"{path}: not readable as an image ({error})") from None
 
 
+def list_images(folder, above=()):
+    """The images below a folder as paths relative to it, folder by folder in the order of names.
+
+    Links to folders are followed; ValueError if one leads back to a folder that it lies in, of
+    which `above` are the real paths. Names that begin with a dot are skipped, and so is __MACOSX,
+    which zip files from a Mac hold.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        raise ValueError(f"{folder}: a link to a folder that it lies in; remove it")
+    images = []
+    subfolders = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            if entry.is_dir():
+                subfolders.append(entry.name)
+            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                images.append(entry.name)
+    images.sort()
+    for name in sorted(subfolders):
+        images += [f"{name}/{image}" for image in list_images(f"{folder}/{name}", (*above, real))]
+    return images
+
+
 class ImageFolder:
     """The images below a folder; every folder that holds some is a class.
 
-    Images are cropped to `size` pixels at their centre, or, with `short_side`, at random after
-    their short side was resized to that. An image that cannot be read stops the run: skipping it
-    would silently change which images a step sees.
+    An item is the centre crop of an image, (3, size, size) uint8. `load` can crop at random
+    instead, from images resized to `short_side`. An image that cannot be read stops the run:
+    skipping it would silently change which images a step sees.
     """
 
     def __init__(self, root, size, short_side=None):
-        root = Path(root)
-        if not root.is_dir():
+        if not os.path.isdir(root):
             raise ValueError(f"{root}: no such folder")
-        self.files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-        if not self.files:
-            raise ValueError(f"{root}: no images in this folder")
-        self.names = [f.relative_to(root).as_posix() for f in self.files]
-        folders = [f.relative_to(root).parent.as_posix() for f in self.files]
-        self.classes = sorted(set(folders))
-        self.labels = np.unique(folders, return_inverse=True)[1]  # (number of images,)
+        self.root = str(root)
         self.size = size
         self.short_side = short_side
+        self.names = list_images(self.root)
+        if not self.names:
+            raise ValueError(f"{root}: no images in this folder")
+
+        # The images of a class follow each other.
+        self.classes = []
+        labels = []
+        for name in self.names:
+            folder = os.path.dirname(name) or "."
+            if not self.classes or folder != self.classes[-1]:
+                self.classes.append(folder)
+            labels.append(len(self.classes) - 1)
+        self.labels = np.array(labels)  # (number of images,)
+        classes = set(self.classes)
+        for folder in self.classes:
+            for outer in Path(folder).parents:
+                if str(outer) in classes:
+                    raise ValueError(
+                        f"{root}: images in the folder {outer} beside the class folder {folder}; "
+                        "put each image into a class folder, or all into one folder"
+                    )
 
     def __len__(self):
-        return len(self.files)
+        return len(self.names)
+
+    def __getitem__(self, index):
+        return self.load(index)
 
     def load(self, index, rng=None, flip=False):
-        """Image number `index` as (3, size, size) uint8; random crops need rng, of numpy."""
-        image = open_image(self.files[index])
-        if self.short_side is None:
+        """Image number `index` as (3, size, size) uint8.
+
+        With rng, a numpy generator, it is a random crop if the folder was opened with short_side.
+        """
+        image = open_image(f"{self.root}/{self.names[index]}")
+        if rng is None or self.short_side is None:
             image = center_crop(image, self.size)
         else:
             image = random_crop(image, self.size, self.short_side, rng)
         if flip:
             image = image.transpose(Image.FLIP_LEFT_RIGHT)
-        return np.asarray(image).transpose(2, 0, 1)
+        return np.array(image).transpose(2, 0, 1)
 
     def fingerprint(self):
         """A hash of the images' names and so of their number, order and classes."""
-        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
+        return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()[:16]
 
 
 def open_data(data, size, split="train", short_side=None):
@@ -127,8 +183,18 @@ def open_data(data, size, split="train", short_side=None):
 
 def read_images(data, indices, device):
     """The centre crops of these images, as (B, 3, H, W) in [0, 1]."""
-    images = np.stack([data.load(index) for index in indices])
+    images = np.stack([data[index] for index in indices])
     return torch.from_numpy(images).to(device).float() / 255
+
+
+def read_batches(data, batches, workers, device):
+    """As read_images for each of `batches`, lists of indices; workers read ahead."""
+    device = torch.device(device)
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda"
+    )
+    for images in loader:
+        yield images.to(device, non_blocking=True).float() / 255  # (B, 3, H, W)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -393,7 +459,7 @@ class Decoder(nn.Module):
         x = torch.cat([cls, x], dim=1) + self.decoder_pos_embed  # (B, 1 + N, D)
         for layer in self.decoder_layers:
             if self.checkpoint_activations:
-                x = checkpoint(layer, x, use_reentrant=False)
+                x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x)
         x = self.decoder_pred(self.decoder_norm(x))[:, 1:].float()  # (B, N, p p 3)
@@ -481,27 +547,30 @@ class RAE(nn.Module):
 
 
 @torch.no_grad()
-def latent_statistics(encoder, data, batch_size, device):
+def latent_statistics(encoder, data, batch_size, device, workers=0):
     """The exact mean and variance, (C, h, w) each, of a data set's raw tokens, in both flips.
 
-    One pass in float64, shared by all processes. The released statistics are a running average,
-    which leans towards the last images.
+    One pass over the centre crops in float64, shared by all processes. (The released statistics are
+    a running average, which leans towards the last images.)
     """
-    rank, world_size = rank_and_world_size()
-    total = torch.zeros(encoder.grid_size**2, encoder.latent_dim, dtype=torch.float64)  # (N, C)
+    batches = deal_batches(len(data), batch_size)
+    images_ahead = read_batches(data, batches, workers, device)
+    exact = "cpu" if torch.device(device).type == "mps" else device  # mps has no float64
+    shape = (encoder.grid_size**2, encoder.latent_dim)
+    total = torch.zeros(shape, dtype=torch.float64, device=exact)  # (N, C)
     total_square = torch.zeros_like(total)
-    mine = range(rank, len(data), world_size)
-    for start in tqdm(range(0, len(mine), batch_size), desc="statistics", disable=rank > 0 or None):
-        images = read_images(data, mine[start : start + batch_size], device)  # (B, 3, H, W)
+    hidden = rank_and_world_size()[0] > 0 or None  # None: shown if there is a terminal
+    for images in tqdm(images_ahead, "latent statistics", len(batches), disable=hidden):
         for view in (images, images.flip(-1)):
-            tokens = encoder(view).cpu().double()  # (B, N, C); mps has no float64
+            tokens = encoder(view).to(exact, torch.float64)  # (B, N, C)
             total += tokens.sum(0)
             total_square += tokens.square().sum(0)
 
     # The mean over the processes, times their number, is the sum over all of them.
+    _, world_size = rank_and_world_size()
     num_views = 2 * len(data)
-    mean = all_reduce_mean(total) * world_size / num_views
-    square = all_reduce_mean(total_square) * world_size / num_views
+    mean = all_reduce_mean(total).cpu() * world_size / num_views
+    square = all_reduce_mean(total_square).cpu() * world_size / num_views
     var = (square - mean.square()).clamp(min=0)
     grid = (encoder.grid_size, encoder.grid_size)
     return mean.T.unflatten(1, grid).float(), var.T.unflatten(1, grid).float()
@@ -515,7 +584,8 @@ def latent_statistics(encoder, data, batch_size, device):
 def read_file(path):
     """The tensors and plain values of a .pt or .safetensors file.
 
-    A pickle that would run code is refused.
+    A pickle that would run code is refused. The tensors are mapped, not read: only what is used
+    comes into memory, and processes of one machine share it.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
@@ -524,7 +594,8 @@ def read_file(path):
             from safetensors.torch import load_file
 
             return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        mmap = zipfile.is_zipfile(path)  # torch's files before 1.6 are none, and cannot be mapped
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as error:  # torch and safetensors raise a dozen kinds for a broken file
         raise ValueError(
             f"{path}: cannot be read, truncated, or refused for holding more than tensors "
@@ -532,15 +603,16 @@ def read_file(path):
         ) from None
 
 
-def save_file(content, path):
-    """Write a .pt file whole or not at all: under another name, synced, then renamed.
+@contextmanager
+def whole_file(path):
+    """Open a file to write to it whole or not at all: under another name, synced, then renamed.
 
-    So a kill or a full disk at any moment leaves the file that was there before.
+    So a kill or a full disk at any moment leaves what was there before.
     """
     temporary = Path(path).with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
-            torch.save(content, f)
+            yield f
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
@@ -550,6 +622,12 @@ def save_file(content, path):
             "is kept: make room, and the same command goes on"
         ) from None
     os.replace(temporary, path)
+
+
+def save_file(content, path):
+    """Write a .pt file, whole or not at all."""
+    with whole_file(path) as f:
+        torch.save(content, f)
 
 
 def load_strict(module, state, where):
@@ -686,6 +764,47 @@ def all_reduce_mean(tensor):
     return tensor
 
 
+def deal_batches(num, batch_size):
+    """This process's batches of range(num), as ranges: the processes take them in turn.
+
+    All together the batches are the same for any number of processes, and so are, to the bit,
+    results that depend on which images share a batch.
+    """
+    rank, world_size = rank_and_world_size()
+    starts = range(rank * batch_size, num, world_size * batch_size)
+    return [range(start, min(start + batch_size, num)) for start in starts]
+
+
+def set_precision(name, device):
+    """Say how to compute; returns what "auto" stands for on this device, or the name itself.
+
+    fp32    float32 throughout
+    tf32    float32, but on GPUs with factors of 10 bits in matrix products: the released
+            sampler's choice
+    bf16    tf32, and besides the caller runs the model under autocast: its matrix products are
+            in bfloat16, while weights, norms, residual streams and losses stay float32
+    auto    bf16 on GPUs that compute in it, else fp32
+    """
+    if name == "auto":
+        # Older GPUs emulate bfloat16, slower than they compute float32.
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if native else "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = name != "fp32"
+    torch.backends.cudnn.allow_tf32 = name != "fp32"
+    torch.backends.cuda.enable_cudnn_sdp(False)  # this attention gave NaN in bf16 with torch 2.13
+    return name
+
+
+def cast_matrices(network):
+    """Store a frozen network's matrices in bfloat16, for use under autocast alone.
+
+    Autocast would cast them so at every call: it remembers only the copies of trained weights.
+    """
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(torch.bfloat16)
+
+
 # Every random draw is a function of its place in the run:
 #     in training, of (seed, step, row of the global batch)
 #     in sampling, of (seed, number of the sample)
@@ -760,15 +879,16 @@ def update_ema(ema, model, decay, step):
     With the smaller d at its start the average of a short run soon forgets the initial weights.
     """
     d = min(decay, (1 + step) / (10 + step))
-    for average, parameter in zip(ema.parameters(), model.parameters()):
-        average.lerp_(parameter, 1 - d)
+    # Every average.lerp_(parameter, 1 - d), on GPUs in a few kernels for all of them.
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
 def open_log(out, step):
     """Open out/log.jsonl for a run that starts or goes on at `step`, locked until the process ends.
 
     Lines of that step and of later ones are cut off: the run will write them again. ValueError if
-    another run is writing to the folder, or if it holds something that is no run.
+    another run is writing to the folder (which goes unnoticed on Windows), or if it holds something
+    that is no run.
     """
     out = Path(out)
     path = out / "log.jsonl"
@@ -779,7 +899,8 @@ def open_log(out, step):
     try:
         # lockf and not flock: a DataLoader's workers would inherit the latter, and hold it for
         # seconds after the process itself was killed.
-        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ValueError(
             f"{out}: another run is writing here; wait, or pass another --out"

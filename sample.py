@@ -1,22 +1,32 @@
-"""Pictures from a trained model: Euler from noise to a latent, then the decoder (appendix E).
+"""Pictures from a trained model (appendix E of the RAE paper, arXiv 2510.11690).
 
     python sample.py                                   # out/diffusion -> out/samples.png and .npz
     python sample.py --classes 0,3 --num 8 --out cats  # a folder of PNGs
     torchrun --standalone --nproc_per_node=8 -- sample.py --num 50000 --out samples.npz
 
-(torchrun takes --num for a flag of its own unless "--" comes before the script.)
+(torchrun would take --num for the beginning of a flag of its own, were it not for the "--".)
 
-x.npz holds uint8 images (num, H, W, 3), as fid.py and ADM's evaluator take them; x.png is a sheet
-of up to 100 with x.npz beside it. Sample number i follows from (seed, i) and its label alone,
-whatever the batch or process.
+The model's velocity is followed from noise at t = 1 to a latent at t = 0 in Euler steps, and the
+frozen autoencoder decodes the latent. --out says what is written:
+
+    NAME.npz    all images as uint8 (num, H, W, 3), as fid.py and ADM's evaluator read them
+    NAME.png    a sheet of the first 100, with NAME.npz beside it
+    NAME        a folder of PNGs
+
+Everything is written as soon as it is drawn, and the same command goes on where it was stopped.
+Image number i begins with noise that follows from (seed, i) alone, so that it is the same in any
+batch and process, up to the rounding of a batch of another size.
 """
 
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
+import zipfile
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +35,13 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
+# In dit_dh.py: the model, its file, times and Euler steps. In rae.py: the autoencoder, and what
+# several scripts share.
 from dit_dh import load_released, sample, shift_alpha, time_grid
 from rae import (
     available_devices,
+    cast_matrices,
+    deal_batches,
     error_line,
     hash_tensors,
     keyed_noise,
@@ -38,20 +52,37 @@ from rae import (
     read_file,
     released_file,
     save_sheet,
+    set_precision,
     to_uint8,
+    whole_file,
 )
 
+# The batches fit a GPU of 24 GB. The toy's samples are guided by default, since guidance makes them
+# better to look at; on ImageNet the paper's first number is unguided.
 PRESETS = {
-    "toy": {"ckpt": "out/diffusion/checkpoint.pt", "num": 500, "cfg_scale": 1.5, "batch_size": 250},
-    "imagenet256": {"ckpt": "released:DiTDH-XL-256", "num": 64, "cfg_scale": 1.0, "batch_size": 64},
-    "imagenet512": {"ckpt": "released:DiTDH-XL-512", "num": 64, "cfg_scale": 1.0, "batch_size": 32},
+    "toy": {
+        "ckpt": "out/diffusion/checkpoint.pt",
+        "num": 500,
+        "cfg_scale": 1.5,
+        "batch_size": 250,
+    },
+    "imagenet256": {
+        "ckpt": "released:DiTDH-XL-256",
+        "num": 64,
+        "cfg_scale": 1.0,
+        "batch_size": 64,
+    },
+    "imagenet512": {
+        "ckpt": "released:DiTDH-XL-512",
+        "num": 64,
+        "cfg_scale": 1.0,
+        "batch_size": 32,
+    },
 }
-# Flags that do not change a sample.
-UNRECORDED = ("preset", "out", "batch_size", "device")
 
 
 def class_list(text):
-    """The type of --classes: numbers such as 0,3,7, or null."""
+    """What --classes is read as: a list of numbers from 0,3,7, or "null", the label of no class."""
     if text == "null":
         return text
     return [int(number) for number in text.split(",")]
@@ -67,38 +98,58 @@ def get_args():
     p.add_argument("--preset", choices=PRESETS, default="toy", help="the other flags' defaults")
     # the model and its latents
     p.add_argument("--ckpt", help="checkpoint of a run, a released file or released:NAME")
-    p.add_argument("--decoder", help="decoder file or released:NAME; unset: the one of the run")
-    p.add_argument("--encoder", help="the encoder that a bare released decoder belongs to")
+    p.add_argument(
+        "--decoder", help="decoder's file or released:NAME; unset: that of the model's training"
+    )
+    # A decoder's file of ours names its encoder and holds the latent statistics. A released one,
+    # given by its path, is weights alone and needs all three of these.
+    p.add_argument("--encoder", help="of a decoder's file that does not name it")
     p.add_argument("--encoder-weights", help="local file of the encoder's weights, in timm's names")
-    p.add_argument("--stats", help="latent statistics of a bare released decoder")
+    p.add_argument("--stats", help="latent statistics of a decoder's file that has none")
     # what is drawn
-    p.add_argument("--num", type=positive_int, help="how many samples")
+    p.add_argument("--num", type=positive_int, help="how many images")
     p.add_argument(
         "--classes", type=class_list, help="such as 0,3,7, or null; unset: all, balanced"
     )
-    p.add_argument("--seed", type=int, default=0, help="of the noise")
+    p.add_argument("--seed", type=int, default=0, help="seed of the noise")
     # how
-    p.add_argument("--steps", type=positive_int, default=50, help="evaluations (released: 49)")
     p.add_argument(
-        "--t-last", type=float, default=0.0, help="last time, unshifted (released: 0.001)"
+        "--steps", type=positive_int, default=50, help="Euler steps (released samples: 49)"
     )
-    p.add_argument("--alpha", type=float, help="schedule shift; unset: the run's")
+    p.add_argument(
+        "--t-last",
+        type=float,
+        default=0.0,
+        help="time to stop at, before the shift (released samples: 0.001)",
+    )
+    p.add_argument("--alpha", type=float, help="schedule shift; unset: that of the training")
     p.add_argument("--cfg-scale", type=float, help="classifier-free guidance, 1 for none")
     p.add_argument(
-        "--guide", help="AutoGuidance: a weaker model's checkpoint; turns --cfg-scale off"
+        "--guide",
+        help="checkpoint of a weaker model for AutoGuidance (Karras et al. 2024), instead of CFG",
     )
-    p.add_argument("--guide-scale", type=float, default=1.42, help="AutoGuidance (512 px: 1.5)")
     p.add_argument(
-        "--interval", type=float, nargs=2, default=(0, 1), metavar=("LO", "HI"), help="guided times"
+        "--guide-scale", type=float, default=1.42, help="of AutoGuidance (the paper's; 512 px: 1.5)"
+    )
+    p.add_argument(
+        "--interval",
+        type=float,
+        nargs=2,
+        default=(0, 1),
+        metavar=("LO", "HI"),
+        help="guide only at times LO <= t <= HI, after the shift",
     )
     # the machine and the output
     devices = available_devices()
     p.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
     p.add_argument(
-        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda"
+        "--precision",
+        choices=["auto", "fp32", "tf32", "bf16"],
+        default="auto",
+        help="auto: bf16 on GPUs that compute in it, else fp32; released samples: tf32",
     )
-    p.add_argument("--batch-size", type=positive_int, help="samples at once, in each process")
-    p.add_argument("--out", default="out/samples.png", help="x.png, x.npz or a folder")
+    p.add_argument("--batch-size", type=positive_int, help="images at once, in each process")
+    p.add_argument("--out", default="out/samples.png", help="NAME.png, NAME.npz or a folder")
 
     # The first look finds the preset, whose values become the defaults of the second.
     p.set_defaults(**PRESETS["toy"])
@@ -106,31 +157,39 @@ def get_args():
     return p.parse_args()
 
 
+# ---------------------------------------------------------------------------------------------
+# What is drawn. train_diffusion.py and assets/explore.py use these functions too.
+
+
 def balanced_labels(classes, num):
-    """num labels, each class equally often and in turn (FID-50k: 50 each)."""
+    """num labels, each class equally often and in turn, so that a sheet has a column for each."""
     if num >= len(classes):
         return [classes[i % len(classes)] for i in range(num)]
-    return [
-        classes[i * len(classes) // num] for i in range(num)
-    ]  # too few: spread over the classes
+    # Too few for all classes: some from all over their range.
+    return [classes[i * len(classes) // num] for i in range(num)]
 
 
 def load_model(name):
-    """The model of a checkpoint, a released file or "released:NAME", and its run's settings."""
+    """The EMA model of a checkpoint, a released file or "released:NAME", in eval mode.
+
+    With it come the flags of its training, as a dict: empty for a released file.
+    """
     file = read_file(released_file(name))
     model = load_released(file, where=name)
     return model, file.get("args", {})
 
 
-def check_fit(name, model, run, rae):
-    """ValueError unless the model `name` was trained in this latent space."""
+def check_fit(name, model, trained_with, rae):
+    """ValueError unless the model `name` was trained in the latents of this autoencoder."""
     encoder = rae.encoder
     if (model.latent_dim, model.grid_size) != (encoder.latent_dim, encoder.grid_size):
         raise ValueError(
             f"{name}: made for {model.grid_size**2} tokens x {model.latent_dim}, the decoder's are "
             f"{encoder.grid_size**2} x {encoder.latent_dim}; pass the --decoder of its training"
         )
-    if run.get("latents", rae.fingerprint()) != rae.fingerprint():
+    # A checkpoint of ours has a hash of the encoder's weights and of the latent statistics.
+    latents = trained_with.get("latents")
+    if latents is not None and latents != rae.fingerprint():
         raise ValueError(
             f"{name}: trained in other latents (encoder or statistics); pass their --decoder"
         )
@@ -138,51 +197,85 @@ def check_fit(name, model, run, rae):
 
 @torch.no_grad()
 def generate(rae, model, labels, timesteps, seed, autocast=nullcontext(), first=0, **guidance):
-    """Images (B, 3, H, W) in [0, 1] of these labels: samples first, first + 1, ... of a seed.
+    """Images (B, 3, H, W) in [0, 1] of these B labels.
 
-    guidance is what dit_dh.sample takes.
+    They are the images number `first`, `first` + 1 and so on of the seed. guidance is what
+    dit_dh.sample takes. Only matrix products run in autocast's precision: latents and images stay
+    float32.
     """
+    latent_shape = rae.latent_mean.shape  # (N, C)
     device = rae.latent_mean.device
     y = torch.tensor(labels, device=device)  # (B,)
     keys = [(seed, first + i) for i in range(len(labels))]
-    noise = keyed_noise(keys, rae.latent_mean.shape, device)  # (B, N, C)
+    noise = keyed_noise(keys, latent_shape, device)  # (B, N, C)
     with autocast:
         z = sample(model, noise, y, timesteps, **guidance)  # (B, N, C)
         return rae.decode(z).clamp(0, 1)  # (B, 3, H, W)
 
 
-def gather_images(images, batch_size):
-    """All processes' images (n, H, W, 3) in the order of the samples on the first, None elsewhere.
+# ---------------------------------------------------------------------------------------------
+# What is written. Batches go to a folder: --out itself as PNGs, or NAME.parts as arrays, which at
+# the end become one .npz. A file that is there is whole, and so tells what need not be drawn again.
 
-    Batch number i is that of process i % world_size.
+
+def claim_folder(folder, record):
+    """Make the folder of these samples, with their record; ValueError if it holds others.
+
+    fid.py would take samples of two settings in one folder for one set.
     """
-    rank, world_size = rank_and_world_size()
-    if world_size == 1:
-        return images
-    shares = [None] * world_size if rank == 0 else None
-    dist.gather_object(images, shares)
-    if rank != 0:
-        return None
-    batches = []
-    for start in range(0, len(shares[0]), batch_size):
-        batches += [share[start : start + batch_size] for share in shares]
-    return np.concatenate(batches)
+    path = folder / "record.json"
+    if folder.exists() and any(folder.iterdir()):
+        if not path.exists() or path.read_text() != record:
+            raise ValueError(
+                f"{folder}: not empty, and its images would mix with others; delete it, or pass "
+                "another --out"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as f:
+        f.write(record.encode())
 
 
-def write_images(images, out, record, columns):
-    """Write images (num, H, W, 3) uint8 as a folder of PNGs, an .npz, or a sheet and an .npz."""
-    if out.suffix not in (".png", ".npz"):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "record.json").write_text(record)
-        for i, image in enumerate(images):
-            Image.fromarray(image).save(out / f"{i:06d}.png")
+def batch_files(folder, rows, as_pngs):
+    """The files that hold the images with these numbers, a range."""
+    if as_pngs:
+        return [folder / f"{i:06d}.png" for i in rows]
+    return [folder / f"{rows.start:08d}.npy"]
+
+
+def write_batch(files, images):
+    """Write images (b, H, W, 3) uint8 to their files: each a PNG, or all one array."""
+    if len(files) == 1 and files[0].suffix == ".npy":
+        with whole_file(files[0]) as f:
+            np.save(f, images)
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(out.with_suffix(".npz"), arr_0=images, record=record)
-    if out.suffix == ".png":
-        shown = images[: 100 // columns * columns]
-        shown = torch.from_numpy(shown).permute(0, 3, 1, 2) / 255  # (n, 3, H, W)
-        save_sheet(shown, out, columns)
+    for path, image in zip(files, images):
+        with whole_file(path) as f:
+            Image.fromarray(image).save(f, "PNG")
+
+
+def pack_npz(parts, num, out, record):
+    """Make one .npz of the arrays in the folder `parts`, as np.savez would, but one by one."""
+    files = sorted(parts.glob("*.npy"))
+    image_shape = np.load(files[0], mmap_mode="r").shape[1:]
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num, *image_shape)}
+    with whole_file(out) as f, zipfile.ZipFile(f, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, header)
+            for file in files:
+                array.write(np.load(file).tobytes())
+        with archive.open("record.npy", "w") as array:
+            np.save(array, np.array(record))
+
+
+def draw_sheet(parts, num, path, columns):
+    """Draw the first num images of the arrays in the folder `parts` on one PNG."""
+    images = []
+    for file in sorted(parts.glob("*.npy")):
+        images.extend(np.load(file))
+        if len(images) >= num:
+            break
+    images = torch.from_numpy(np.stack(images[:num])).permute(0, 3, 1, 2) / 255  # (num, 3, H, W)
+    save_sheet(images, path, columns)
 
 
 def main():
@@ -190,99 +283,140 @@ def main():
     if args.ckpt == PRESETS["toy"]["ckpt"] and not Path(args.ckpt).is_file():
         raise ValueError(f"{args.ckpt}: no such file; run train_diffusion.py first, or pass --ckpt")
 
-    # Processes, device and precision, as in train_diffusion.py.
-    ddp = "RANK" in os.environ
+    # The process group. torchrun starts one process per GPU and tells each its number. They only
+    # wait for each other, for which gloo will do, and for as long as it takes.
+    ddp = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if ddp and args.device == "mps":
+        raise ValueError("--device mps: a Mac's GPU takes one process; run without torchrun")
     if ddp:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
     rank, world_size = rank_and_world_size()
     device = torch.device(args.device)
     if args.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and args.device == "cuda")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    torch.backends.cuda.matmul.allow_tf32 = bf16
-    torch.backends.cudnn.allow_tf32 = bf16
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    precision = set_precision(args.precision, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
-    # The model, and the autoencoder in whose latents it was trained: the checkpoint names its
-    # files.
-    model, run = load_model(args.ckpt)
-    model = model.to(device)
-    decoder = args.decoder or run.get("decoder")
+    # The model, and the autoencoder in whose latents it was trained: the model's checkpoint holds
+    # the flags of that training, and so the paths of the autoencoder's files.
+    model, trained_with = load_model(args.ckpt)
+    decoder = args.decoder or trained_with.get("decoder")
     if decoder is None and args.ckpt.startswith("released:"):
         decoder = "released:dinov2-b-512" if args.ckpt.endswith("-512") else "released:dinov2-b"
     if decoder is None:
         raise ValueError(f"{args.ckpt}: the file does not name its decoder; pass --decoder")
     rae = load_rae(
         decoder,
-        args.encoder or run.get("encoder"),
-        args.encoder_weights or run.get("encoder_weights"),
-        args.stats or run.get("stats"),
-        device,
+        encoder=args.encoder or trained_with.get("encoder"),
+        encoder_weights=args.encoder_weights or trained_with.get("encoder_weights"),
+        stats=args.stats or trained_with.get("stats"),
+        device=device,
     )
-    check_fit(args.ckpt, model, run, rae)
+    check_fit(args.ckpt, model, trained_with, rae)
 
-    # Guidance: by the null label, or by a weaker model.
-    guidance = {"cfg_scale": args.cfg_scale, "interval": args.interval}
+    # Labels. The null label, of no class, has the number num_classes.
+    unlabelled = trained_with.get("label_drop") == 1
+    if args.classes == "null" or (args.classes is None and unlabelled):
+        classes = [model.num_classes]
+    elif args.classes is None:
+        classes = list(range(model.num_classes))
+    elif unlabelled:
+        raise ValueError(f"--classes: {args.ckpt} was trained without labels; pass null or nothing")
+    elif not all(0 <= c < model.num_classes for c in args.classes):
+        raise ValueError(f"--classes {args.classes}: out of range 0 to {model.num_classes - 1}")
+    else:
+        classes = args.classes
+    labels = balanced_labels(classes, args.num)
+
+    # Guidance: away from a weaker model's velocity, or from the null label's. Images of the null
+    # label have nothing to be guided from.
     guide = None
     if args.guide:
-        guide, guide_run = load_model(args.guide)
-        guide = guide.to(device)
-        check_fit(args.guide, guide, guide_run, rae)
+        guide, guide_trained_with = load_model(args.guide)
+        check_fit(args.guide, guide, guide_trained_with, rae)
         if guide.num_classes != model.num_classes:
             raise ValueError(
                 f"{args.guide}: has {guide.num_classes} classes, the model {model.num_classes}"
             )
         guidance = {"guide": guide, "guide_scale": args.guide_scale, "interval": args.interval}
+        guided = f"AutoGuidance {args.guide_scale}"
+    else:
+        cfg_scale = 1.0 if classes == [model.num_classes] else args.cfg_scale
+        guidance = {"cfg_scale": cfg_scale, "interval": args.interval}
+        guided = f"CFG {cfg_scale}"
 
-    # Labels and times.
-    null = model.num_classes
-    classes = args.classes or list(range(model.num_classes))
-    if args.classes == "null" or (args.classes is None and run.get("label_drop") == 1):
-        classes = [null]  # a model that was trained without labels knows no other
-    elif not all(0 <= c < model.num_classes for c in classes):
-        raise ValueError(f"--classes {classes}: out of range 0 to {model.num_classes - 1}")
-    labels = balanced_labels(classes, args.num)
-    alpha = args.alpha or run.get("alpha") or shift_alpha(*rae.latent_mean.shape)
+    # The times, from 1 to 0, moved towards the noise as in training: the larger a latent, the more
+    # noise it takes to hide an image in it (section 4.2).
+    alpha = args.alpha or trained_with.get("alpha") or shift_alpha(*rae.latent_mean.shape)
     timesteps = time_grid(args.steps, alpha, args.t_last)
-    guided = f"AutoGuidance {args.guide_scale}" if guide else f"CFG {args.cfg_scale}"
-    print0(f"{args.ckpt}: {args.num} samples, {args.steps} steps, alpha {alpha:.3f}, {guided}")
+    print0(f"{args.ckpt}: {args.num} images, {args.steps} steps, alpha {alpha:.3f}, {guided}")
 
-    # A record of what makes the samples what they are. A folder of others is not added to: a score
-    # over both would mean nothing.
-    record = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
-    record["alpha"] = alpha
-    record["weights"] = hash_tensors(model.state_dict())
-    record["guide_weights"] = hash_tensors(guide.state_dict()) if guide else None
-    record["latents"] = rae.fingerprint()
+    # The record: all that makes the images what they are, with hashes instead of files' names.
+    record = vars(args) | {
+        "alpha": alpha,
+        "precision": precision,
+        "weights": hash_tensors(model.state_dict()),
+        "guide_weights": hash_tensors(guide.state_dict()) if guide else None,
+        "latents": rae.fingerprint(),
+    }
+    for name in ("preset", "out", "device"):
+        del record[name]
     record = json.dumps(record)
-    out = Path(args.out)
-    if out.is_dir() and any(out.iterdir()):
-        kept = out / "record.json"
-        if not kept.exists() or kept.read_text() != record:
-            raise ValueError(
-                f"{out}: not empty, and its images would mix with others; pass another --out"
-            )
 
-    # The samples: the processes take batches in turn.
-    began = time.time()
-    images = []
-    starts = range(rank * args.batch_size, args.num, world_size * args.batch_size)
-    for first in tqdm(starts, desc="samples", disable=rank > 0 or None):
-        some = labels[first : first + args.batch_size]
-        drawn = generate(rae, model, some, timesteps, args.seed, autocast, first, **guidance)
-        images.append(to_uint8(drawn).permute(0, 2, 3, 1).cpu().numpy())  # (b, H, W, 3)
-    if not images:
-        images = [np.empty((0, rae.image_size, rae.image_size, 3), np.uint8)]
-    images = gather_images(np.concatenate(images), args.batch_size)
+    # The folder that batches are written to.
+    out = Path(args.out)
+    as_pngs = out.suffix not in (".png", ".npz")
+    folder = out if as_pngs else out.with_suffix(".parts")
     if rank == 0:
-        print(f"{args.num / (time.time() - began):.2f} images/s")
-        columns = len(classes) if len(classes) <= 10 else 8
-        write_images(images, out, record, columns)
-        print(f"wrote {out}")
+        claim_folder(folder, record)
     if ddp:
-        dist.destroy_process_group()
+        dist.barrier()
+
+    # Draw what is not there yet. The processes take batches in turn.
+    model.to(device)
+    if guide is not None:
+        guide.to(device)
+    if precision == "bf16":
+        for network in (model, guide, rae.decoder):
+            if network is not None:
+                cast_matrices(network)
+    todo = []
+    for rows in deal_batches(args.num, args.batch_size):
+        if not all(file.exists() for file in batch_files(folder, rows, as_pngs)):
+            todo.append(rows)
+    began = time.time()
+    num_drawn = 0
+    for rows in tqdm(
+        todo, desc="batches", disable=rank > 0 or None
+    ):  # None: if there is a terminal
+        some = labels[rows.start : rows.stop]
+        images = generate(rae, model, some, timesteps, args.seed, autocast, rows.start, **guidance)
+        images = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # (b, H, W, 3)
+        write_batch(batch_files(folder, rows, as_pngs), images)
+        num_drawn += len(rows)
+    speed = num_drawn / (time.time() - began)
+
+    # Once all processes are through, the first one makes a single file of the batches.
+    if ddp:
+        dist.barrier()
+        dist.destroy_process_group()  # only here: after an error it could wait for the others
+    if rank > 0:
+        return
+    if world_size > 1:
+        print(f"{speed:.2f} images/s in each of {world_size} processes")
+    else:
+        print(f"{speed:.2f} images/s")
+    if not as_pngs:
+        pack_npz(folder, args.num, out.with_suffix(".npz"), record)
+        if out.suffix == ".png":
+            columns = len(classes) if 1 < len(classes) <= 10 else min(8, args.num)
+            shown = min(args.num, 100)
+            if shown > columns:
+                shown -= shown % columns  # whole rows
+            draw_sheet(folder, shown, out, columns)
+        shutil.rmtree(folder)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

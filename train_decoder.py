@@ -41,11 +41,12 @@ from rae import (
     all_reduce_mean,
     available_devices,
     build_encoder,
+    cast_matrices,
     check_same_run,
+    deal_batches,
     error_line,
     keyed_generator,
     keyed_noise,
-    keyed_rng,
     latent_statistics,
     load_rae,
     load_released_decoder,
@@ -57,11 +58,12 @@ from rae import (
     print0,
     psnr,
     rank_and_world_size,
+    read_batches,
     read_file,
-    read_images,
     released_file,
     save_file,
     save_sheet,
+    set_precision,
     update_ema,
     write_log,
 )
@@ -75,18 +77,20 @@ TOY = {
     "critics": "encoder",
     "gan": 0.1,
     "global_batch_size": 64,
+    "micro_batch": None,
     "steps": 800,
     "lr": 2e-3,
     "lr_end": 1e-4,
     "warmup": 50,
     "ema": 0.99,
+    "compile": False,
     "workers": 0,
     "log_every": 100,
     "eval_every": 200,
     "eval_num": 500,
     "save_every": 400,
 }
-# ImageNet (Table 12, as released): 16 epochs of 2,502 steps.
+# ImageNet (Table 12, as released): 16 epochs of 2,502 steps. The micro-batches are what 80 GB hold.
 IMAGENET = {
     "data": "imagenet/train",
     "encoder": "dinov2-b",
@@ -96,11 +100,13 @@ IMAGENET = {
     "critics": "published",
     "gan": 0.75,
     "global_batch_size": 512,
+    "micro_batch": 64,
     "steps": 40032,
     "lr": 2e-4,
     "lr_end": 2e-5,
     "warmup": 2502,
     "ema": 0.9978,
+    "compile": True,
     "workers": 12,
     "log_every": 100,
     "eval_every": 2500,
@@ -110,7 +116,7 @@ IMAGENET = {
 PRESETS = {
     "toy": TOY,
     "imagenet256": IMAGENET,
-    "imagenet512": IMAGENET | {"image_size": 512, "resize": 768},
+    "imagenet512": IMAGENET | {"image_size": 512, "resize": 768, "micro_batch": 16},
 }
 # What may differ when a run is resumed. All other flags define the run. --micro-batch is one of
 # them: the GAN's weight is that of a micro-batch. (It is averaged over the processes, so that
@@ -173,6 +179,7 @@ class VGGFeatures(nn.Module):
     def __init__(self, weights=None):
         super().__init__()
         self.vgg = load_timm("vgg16.tv_in1k", weights, "--vgg-weights")
+        self.vgg.pre_logits = nn.Identity()  # half a gigabyte of classifier that nothing uses
         # LPIPS' own constants, for images in [-1, 1]
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
@@ -247,6 +254,13 @@ def load_lpips(args, device):
 # The GAN
 
 
+class InstanceNorm(nn.InstanceNorm1d):
+    """In float32 under autocast too, as released."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
 class DiscriminatorHead(nn.Module):
     """Frozen features (B, N, C) of one layer -> logits (B, N), one per token (appendix C).
 
@@ -264,7 +278,7 @@ class DiscriminatorHead(nn.Module):
         conv = nn.Conv1d(
             width, width, kernel_size, padding=kernel_size // 2, padding_mode="circular"
         )
-        norm = nn.InstanceNorm1d(width, eps=1e-6, affine=True)
+        norm = InstanceNorm(width, eps=1e-6, affine=True)
         return nn.Sequential(spectral_norm(conv), norm, nn.LeakyReLU(0.2))
 
     def forward(self, x):
@@ -301,16 +315,19 @@ def diffaug(x, u):
     A shift of up to an eighth, zero-padded, then brightness + U(-.5, .5), saturation x U(0, 2) and
     contrast x U(.5, 1.5). It keeps the discriminator from learning the training images by heart.
     """
+    # Each image is cut out of its padded self, by indices on its own device: a CPU that read them
+    # would have to wait for the GPU.
     size = x.shape[-1]
     reach = round(size / 8)
-    corners = (u[:, :2] * (2 * reach + 1)).long().tolist()  # (row, column) of the window
-    padded = F.pad(x, [reach] * 4)  # (B, 3, H + 2 reach, W + 2 reach)
-    windows = []
-    for image, (top, left) in zip(padded, corners):
-        windows.append(image[:, top : top + size, left : left + size])
-    x = torch.stack(windows)  # (B, 3, H, W)
+    corners = (u[:, :2] * (2 * reach + 1)).long()  # (B, 2): first row, first column
+    offsets = torch.arange(size, device=x.device)
+    rows = (corners[:, :1] + offsets)[:, None, :, None]  # (B, 1, H, 1)
+    columns = (corners[:, 1:] + offsets)[:, None, None, :]  # (B, 1, 1, W)
+    x = F.pad(x, [reach] * 4)  # (B, 3, H + 2 reach, W + 2 reach)
+    x = x.gather(2, rows.expand(-1, 3, -1, x.shape[3]))  # (B, 3, H, W + 2 reach)
+    x = x.gather(3, columns.expand(-1, 3, size, -1))  # (B, 3, H, W)
 
-    brightness, saturation, contrast = u[:, 2:].T[..., None, None, None].to(x)  # (B, 1, 1, 1) each
+    brightness, saturation, contrast = u[:, 2:].T[..., None, None, None]  # (B, 1, 1, 1) each
     x = x + (brightness - 0.5)
     grey = x.mean(1, keepdim=True)
     x = (x - grey) * (2 * saturation) + grey
@@ -375,11 +392,12 @@ def evaluate(rae, data, args, batch_size, lpips=None, inception=None):
 
     PSNR (dB), SSIM, LPIPS if that is given, and the Frechet distance: rFID with Inception's
     features, else in the encoder's own. Each is of reconstructions from clean latents and, with
-    names in _noisy, from latents with noise of --eval-sigma.
+    names in _noisy, from latents with noise of --eval-sigma. All processes share the work; the
+    first returns the result, the others two times None.
     """
     device = rae.latent_mean.device
     num = min(args.eval_num, len(data))
-    indices = np.linspace(0, len(data) - 1, num).astype(int)
+    indices = np.linspace(0, len(data) - 1, num).astype(int)  # spread over the classes
     metrics = {"psnr": psnr, "ssim": ssim}
     if lpips is not None:
         metrics["lpips"] = lpips
@@ -387,35 +405,43 @@ def evaluate(rae, data, args, batch_size, lpips=None, inception=None):
     def extract(images):
         pixels = (images * 255).round()  # files have 8 bits
         if inception is not None:
-            return inception(pixels)[0].cpu()  # (B, 2048)
-        return rae.encoder(pixels / 255).mean(1).cpu()  # (B, C)
+            return inception(pixels)[0]  # (B, 2048)
+        return rae.encoder(pixels / 255).mean(1)  # (B, C)
 
-    scores = {}
-    features = {"real": [], "clean": [], "noisy": []}
-    for first in range(0, num, batch_size):
-        images = read_images(data, indices[first : first + batch_size], device)  # (B, 3, H, W)
+    # Every process fills its rows of these; the others' are zero.
+    width = rae.encoder.latent_dim if inception is None else 2048
+    scores = torch.zeros(num, 2, len(metrics))  # of clean and noisy reconstructions
+    features = torch.zeros(num, 3, width)  # of images, clean and noisy reconstructions
+    sheet = None
+    batches = deal_batches(num, batch_size)
+    images_ahead = read_batches(data, [indices[rows] for rows in batches], args.workers, device)
+    for rows, images in zip(batches, images_ahead):
         tokens = rae.encoder(images)  # (B, N, C)
-        keys = [(args.seed, first + i) for i in range(len(images))]
-        noise = keyed_noise(keys, tokens.shape[1:], device)  # (B, N, C)
-        clean = rae.decode_tokens(tokens).clamp(0, 1)
+        noise = keyed_noise([(args.seed, row) for row in rows], tokens.shape[1:], device)
+        clean = rae.decode_tokens(tokens).clamp(0, 1)  # (B, 3, H, W)
         noisy = rae.decode_tokens(tokens + args.eval_sigma * noise).clamp(0, 1)
-
-        features["real"].append(extract(images))
-        features["clean"].append(extract(clean))
-        features["noisy"].append(extract(noisy))
-        for name, metric in metrics.items():
-            scores.setdefault(name, []).append(metric(clean, images))
-            scores.setdefault(f"{name}_noisy", []).append(metric(noisy, images))
-        if first == 0:
+        for column, metric in enumerate(metrics.values()):
+            scores[rows, 0, column] = metric(clean, images).cpu()
+            scores[rows, 1, column] = metric(noisy, images).cpu()
+        for column, pictures in enumerate((images, clean, noisy)):
+            features[rows, column] = extract(pictures).cpu()
+        if sheet is None:
             sheet = torch.cat([images[:16], clean[:16], noisy[:16]])
+    if dist.is_initialized():
+        dist.all_reduce(scores)
+        dist.all_reduce(features)
+        if dist.get_rank() > 0:
+            return None, None
 
-    numbers = {name: torch.cat(values).mean().item() for name, values in scores.items()}
-    moments = {}
-    for name, batches in features.items():
-        moments[name] = mean_and_covariance(torch.cat(batches).numpy())
+    numbers = {}
+    clean_scores, noisy_scores = scores.mean(0).tolist()
+    for column, name in enumerate(metrics):
+        numbers[name] = clean_scores[column]
+        numbers[f"{name}_noisy"] = noisy_scores[column]
+    real, clean, noisy = [mean_and_covariance(features[:, i]) for i in range(3)]
     distance = "encoder_distance" if inception is None else "rfid"
-    numbers[distance] = frechet_distance(*moments["real"], *moments["clean"])
-    numbers[f"{distance}_noisy"] = frechet_distance(*moments["real"], *moments["noisy"])
+    numbers[distance] = frechet_distance(*real, *clean)
+    numbers[f"{distance}_noisy"] = frechet_distance(*real, *noisy)
     return numbers, sheet
 
 
@@ -423,18 +449,17 @@ def evaluate_checkpoint(args, device):
     """--eval-only: print the numbers of --ckpt as JSON, and draw its sheet."""
     if args.ckpt is None:
         raise ValueError("--eval-only wants a decoder: pass --ckpt")
-    if dist.is_initialized():
-        raise ValueError("--eval-only is for one process: run it without torchrun")
     # --stats comes with a bare released file, which does not name its encoder as ours do.
     encoder = args.encoder if args.stats else None
     rae = load_rae(args.ckpt, encoder, args.encoder_weights, args.stats, device)
     data = open_data(args.val_data or args.data, rae.image_size, "val")
     lpips = load_lpips(args, device) if args.critics == "published" else None
     inception = load_inception(args.inception, device)[1] if args.inception else None
-    batch_size = args.micro_batch or args.global_batch_size
+    batch_size = min(args.micro_batch or args.global_batch_size, 64)
     numbers, sheet = evaluate(rae, data, args, batch_size, lpips, inception)
-    save_sheet(sheet, Path(args.out, "eval.png"), columns=len(sheet) // 3)
-    print(json.dumps({"ckpt": args.ckpt, "num": min(args.eval_num, len(data)), **numbers}))
+    if numbers is not None:  # in the first process
+        save_sheet(sheet, Path(args.out, "eval.png"), columns=len(sheet) // 3)
+        print(json.dumps({"ckpt": args.ckpt, "num": min(args.eval_num, len(data)), **numbers}))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -488,7 +513,9 @@ def get_args():
     p.add_argument("--steps", type=positive_int, help="optimiser steps")
     p.add_argument("--global-batch-size", type=positive_int, help="images a step, all processes'")
     p.add_argument(
-        "--micro-batch", type=positive_int, help="images at once; unset: a process's share"
+        "--micro-batch",
+        type=positive_int,
+        help="images at once, in each process; unset: its whole share",
     )
     p.add_argument("--lr", type=float, help="peak learning rate (paper: 2e-4)")
     p.add_argument("--lr-end", type=float, help="learning rate at the end (paper: 2e-5)")
@@ -500,9 +527,14 @@ def get_args():
     devices = available_devices()
     p.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
     p.add_argument(
-        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda"
+        "--precision",
+        choices=["auto", "fp32", "tf32", "bf16"],
+        default="auto",
+        help="auto: bf16 on GPUs that compute in it, else fp32",
     )
-    p.add_argument("--compile", action="store_true", help="compile the decoder's blocks")
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="compile the decoder's blocks"
+    )
     p.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
     p.add_argument("--workers", type=int, help="processes that read images")
     # evaluation, and what is written
@@ -547,8 +579,11 @@ def main():
     args = get_args()
 
     # The process group. torchrun starts one process per GPU and tells each its number.
-    ddp = "RANK" in os.environ
+    ddp = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if ddp and args.device == "mps":
+        raise ValueError("--device mps: a Mac's GPU takes one process; run without torchrun")
     if ddp:
+        # Tensors on GPUs go by NCCL, those on CPUs by gloo.
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
     rank, world_size = rank_and_world_size()
     device = torch.device(args.device)
@@ -556,19 +591,20 @@ def main():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
 
-    # Precision: bfloat16 matrix products; weights, residual streams and losses are float32.
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and args.device == "cuda")
+    precision = set_precision(args.precision, device)
+    bf16 = precision == "bf16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    torch.backends.cuda.matmul.allow_tf32 = bf16  # fp32 means float32, without TF32
-    torch.backends.cudnn.allow_tf32 = bf16
-    torch.backends.cuda.enable_cudnn_sdp(False)  # this attention gave NaN in bf16 with torch 2.13
     if args.eval_only:
         evaluate_checkpoint(args, device)
+        if ddp:
+            dist.destroy_process_group()
         return
 
-    # The images and the frozen encoder.
+    # The images and the frozen encoder. Without --val-data a folder is evaluated on itself.
     data = open_data(args.data, args.image_size, short_side=args.resize)
-    val_data = open_data(args.val_data or args.data, args.image_size, "val")
+    val_data = data
+    if args.val_data or args.data == "toy":
+        val_data = open_data(args.val_data or "toy", args.image_size, "val")
     flip = False  # stage 1 is published without flips
     batches = StepBatches(data, args.global_batch_size, args.seed, flip, rank, world_size)
     local_batch_size = len(batches.rows)
@@ -588,18 +624,30 @@ def main():
         check_same_run(out, checkpoint.get("args", {}), settings, MAY_CHANGE)
         first_step = checkpoint["step"]
         print0(f"{out}: going on at step {first_step} of {args.steps}")
-    # All processes must have read the same checkpoint: their mean step is everyone's.
-    if all_reduce_mean(torch.tensor(float(first_step), device=device)).item() != first_step:
+    # The latent statistics: in the checkpoint, or in a file of their own, if they are of these very
+    # latents. On ImageNet the pass that makes them takes minutes, and may be all that was done.
+    latents = {
+        name: settings[name] for name in ("images", "image_size", "upsample", "encoder_hash")
+    }
+    stats = checkpoint
+    if checkpoint is None and (out / "stats.pt").exists():
+        stats = read_file(out / "stats.pt")
+        if stats.get("latents") != latents:
+            stats = None
+
+    # All processes must have found the same files: the mean of what they found is everyone's.
+    found = torch.tensor([first_step, stats is not None], dtype=torch.float64)
+    if not torch.equal(all_reduce_mean(found.clone()), found):
         raise ValueError(f"{out}: not the same on all nodes; put --out where all of them see it")
     if rank == 0:
         log = open_log(out, first_step)
-
-    # The latent statistics, in one pass over the images' centre crops.
-    if checkpoint is None:
-        centred = open_data(args.data, args.image_size)
-        mean, var = latent_statistics(encoder, centred, micro_batch, device)
-    else:
-        mean, var = checkpoint["mean"], checkpoint["var"]
+    if stats is None:
+        mean, var = latent_statistics(encoder, data, min(micro_batch, 64), device, args.workers)
+        stats = {"mean": mean, "var": var, "latents": latents}
+        if rank == 0:
+            save_file(stats, out / "stats.pt")
+    mean = stats["mean"]
+    var = stats["var"]
 
     # The decoder, and its average, copied before anything is compiled or wrapped.
     torch.manual_seed(args.seed)  # for the initial weights; every later draw has a key of its own
@@ -617,19 +665,22 @@ def main():
 
     # The frozen networks behind the losses, and the discriminator.
     lpips = None
-    dino = None
+    critic = encoder
     if args.critics == "published":
         lpips = load_lpips(args, device)
         if args.gan > 0:
-            dino = build_encoder("dino-s8", 224, args.dino_weights, "--dino-weights").to(device)
+            critic = build_encoder("dino-s8", 224, args.dino_weights, "--dino-weights").to(device)
     perceptual_loss = lpips or PerceptualLoss(ViTFeatures(encoder))
-    features = ViTFeatures(dino or encoder)
+    if bf16:
+        critic = copy.deepcopy(critic)  # the encoder itself stays in float32
+        cast_matrices(critic)
+    features = ViTFeatures(critic)
     discriminator = Discriminator(features.width, features.num_layers).to(device)
     inception = load_inception(args.inception, device)[1] if args.inception else None
 
     if args.compile:
         for layer in decoder.decoder_layers:
-            layer.compile()  # in place, so that parameters keep their names
+            layer.compile(dynamic=False)  # in place, so that parameters keep their names
     ddp_discriminator = discriminator
     if ddp:
         device_ids = [device.index] if args.device == "cuda" else None
@@ -668,7 +719,7 @@ def main():
         "var": var,
     }
     num_parameters = sum(p.numel() for p in decoder.parameters()) / 1e6
-    print0(f"{device} x {world_size}, {'bf16' if bf16 else 'fp32'}; {len(data)} images")
+    print0(f"{device} x {world_size}, {precision}; {len(data)} images")
     print0(f"{args.encoder}: {encoder.grid_size**2} tokens x {encoder.latent_dim}")
     print0(f"decoder {args.size}, {num_parameters:.1f}M parameters")
 
@@ -746,10 +797,12 @@ def main():
             logged_time = time.time()
 
         # Evaluate the averaged weights.
-        if rank == 0 and step > 0 and (step % args.eval_every == 0 or last):
-            numbers, sheet = evaluate(ema_rae, val_data, args, micro_batch, lpips, inception)
-            write_log(log, {"step": step, **numbers})
-            save_sheet(sheet, out / f"grid_{step:06d}.png", columns=len(sheet) // 3)
+        if step > 0 and (step % args.eval_every == 0 or last):
+            eval_batch = min(micro_batch, 64)
+            numbers, sheet = evaluate(ema_rae, val_data, args, eval_batch, lpips, inception)
+            if rank == 0:
+                write_log(log, {"step": step, **numbers})
+                save_sheet(sheet, out / f"grid_{step:06d}.png", columns=len(sheet) // 3)
         if last:
             break
 
@@ -765,10 +818,9 @@ def main():
 
         # Uniform numbers for DiffAug, whose key is the number that no row has: (b, 5) each for
         # what the decoder draws, for the real images and for the fake ones.
-        rng = keyed_rng(args.seed, step, args.global_batch_size)
-        u = rng.random((args.global_batch_size, 3, 5), dtype=np.float32)
-        u = torch.from_numpy(u[batches.rows.start : batches.rows.stop])
-        u_drawn, u_real, u_fake = u.unbind(1)
+        g = keyed_generator(device, args.seed, step, args.global_batch_size)
+        u = torch.rand(args.global_batch_size, 3, 5, generator=g, device=device)
+        u_drawn, u_real, u_fake = u[batches.rows.start : batches.rows.stop].unbind(1)
 
         # The decoder's turn, micro_batch images at a time. The discriminator only judges: it stays
         # in eval mode, without power iterations, and gets no gradients.
@@ -783,10 +835,10 @@ def main():
             generators = [keyed_generator(device, args.seed, step, row) for row in rows]
             sync = rae.decoder.no_sync() if ddp and part != parts[-1] else nullcontext()
             with sync:
-                with autocast:
-                    tokens = encoder(real)  # (B, N, C)
-                    reconstruction = rae.decode_tokens(rae.noised(tokens, generators))
+                tokens = encoder(real)  # (B, N, C), outside autocast as for the statistics
                 clean_tokens.append(tokens)
+                with autocast:
+                    reconstruction = rae.decode_tokens(rae.noised(tokens, generators))
 
                 # The reconstruction loss.
                 l1 = (reconstruction - real).abs().mean()

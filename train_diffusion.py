@@ -32,8 +32,8 @@ from rae import (
     available_devices,
     check_same_run,
     error_line,
+    keyed_generator,
     keyed_noise,
-    keyed_rng,
     load_rae,
     load_strict,
     open_data,
@@ -46,6 +46,7 @@ from rae import (
     read_images,
     save_file,
     save_sheet,
+    set_precision,
     update_ema,
     write_log,
 )
@@ -58,39 +59,44 @@ TOY = {
     "backbone": "96,4,3",
     "wide_head": "128,2,4",
     "global_batch_size": 64,
+    "micro_batch": None,
     "steps": 1300,
     "lr": 4e-3,
     "lr_end": 1e-4,
     "hold": 300,
     "ema": 0.995,
     "cfg_scale": 1.5,
+    "compile": False,
     "workers": 0,
     "log_every": 100,
     "sample_every": 500,
     "save_every": 500,
 }
-# ImageNet (appendix D): 800 epochs of 1,252 steps; lr 2e-4 for 40 epochs, then linear to 2e-5.
+# ImageNet (appendix D): 800 epochs of 1,251 steps; lr 2e-4 for 40 epochs, then linear to 2e-5.
+# The micro-batches are what 80 GB hold.
 IMAGENET = {
     "data": "imagenet/train",
     "decoder": "released:dinov2-b",
     "backbone": "XL",
     "wide_head": "G",
     "global_batch_size": 1024,
-    "steps": 1001600,
+    "micro_batch": 64,
+    "steps": 1000800,
     "lr": 2e-4,
     "lr_end": 2e-5,
-    "hold": 50080,
+    "hold": 50040,
     "ema": 0.9995,
     "cfg_scale": 1.0,
+    "compile": True,
     "workers": 12,
     "log_every": 100,
-    "sample_every": 12520,
+    "sample_every": 12510,
     "save_every": 1000,
 }
 PRESETS = {
     "toy": TOY,
     "imagenet256": IMAGENET,
-    "imagenet512": IMAGENET | {"decoder": "released:dinov2-b-512"},
+    "imagenet512": IMAGENET | {"decoder": "released:dinov2-b-512", "micro_batch": 16},
 }
 # What may differ when a run is resumed. All other flags define the run.
 MAY_CHANGE = {
@@ -161,7 +167,9 @@ def get_args():
     p.add_argument("--steps", type=positive_int, help="optimiser steps")
     p.add_argument("--global-batch-size", type=positive_int, help="images a step, all processes'")
     p.add_argument(
-        "--micro-batch", type=positive_int, help="images at once; unset: a process's share"
+        "--micro-batch",
+        type=positive_int,
+        help="images at once, in each process; unset: its whole share",
     )
     p.add_argument("--lr", type=float, help="peak learning rate (paper: 2e-4)")
     p.add_argument("--lr-end", type=float, help="learning rate at the end (paper: 2e-5)")
@@ -173,9 +181,14 @@ def get_args():
     devices = available_devices()
     p.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
     p.add_argument(
-        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda"
+        "--precision",
+        choices=["auto", "fp32", "tf32", "bf16"],
+        default="auto",
+        help="auto: bf16 on GPUs that compute in it, else fp32",
     )
-    p.add_argument("--compile", action="store_true", help="compile the model")
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="compile the model's blocks"
+    )
     p.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
     p.add_argument("--workers", type=int, help="processes that read images")
     # what is written
@@ -200,19 +213,16 @@ def learning_rate(step, args):
     return args.lr + (args.lr_end - args.lr) * fallen
 
 
-def draw_step(args, step, rows, latent_shape, device):
-    """The random numbers of a step for these rows of the global batch; see keyed_rng in rae.py.
+def draw_time_and_drop(args, step, rows, device):
+    """t (b,) before the shift, and whether the label is dropped (b,), of rows of the global batch.
 
-    t (b,) before the shift, whether the label is dropped (b,), noise (b, N, C).
+    They come from one generator for all rows; see keyed_rng in rae.py. Its key is (seed, step, the
+    number that no row has).
     """
-    # t and drop of all rows come from one generator. Its key is the number that no row has.
-    rng = keyed_rng(args.seed, step, args.global_batch_size)
-    u = rng.random((args.global_batch_size, 2), dtype=np.float32)[rows.start : rows.stop]
-    u = torch.from_numpy(u)  # (b, 2)
-    t = draw_time(u[:, 0], args.time).to(device)
-    drop = (u[:, 1] < args.label_drop).to(device)
-    noise = keyed_noise([(args.seed, step, row) for row in rows], latent_shape, device)
-    return t, drop, noise
+    g = keyed_generator(device, args.seed, step, args.global_batch_size)
+    u = torch.rand(args.global_batch_size, 2, generator=g, device=device)  # (global batch, 2)
+    u = u[rows.start : rows.stop]  # (b, 2)
+    return draw_time(u[:, 0], args.time), u[:, 1] < args.label_drop
 
 
 def start_from(model, name):
@@ -246,8 +256,11 @@ def main():
     args = get_args()
 
     # The process group. torchrun starts one process per GPU and tells each its number.
-    ddp = "RANK" in os.environ
+    ddp = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if ddp and args.device == "mps":
+        raise ValueError("--device mps: a Mac's GPU takes one process; run without torchrun")
     if ddp:
+        # Tensors on GPUs go by NCCL, those on CPUs by gloo.
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
     rank, world_size = rank_and_world_size()
     device = torch.device(args.device)
@@ -255,13 +268,8 @@ def main():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
 
-    # Precision. Matrix products run in bfloat16; weights, norms, residual streams and losses are
-    # float32.
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and args.device == "cuda")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    torch.backends.cuda.matmul.allow_tf32 = bf16  # fp32 means float32, without TF32
-    torch.backends.cudnn.allow_tf32 = bf16
-    torch.backends.cuda.enable_cudnn_sdp(False)  # this attention gave NaN in bf16 with torch 2.13
+    precision = set_precision(args.precision, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     # The frozen autoencoder and the images.
     rae = load_rae(args.decoder, args.encoder, args.encoder_weights, args.stats, device)
@@ -288,7 +296,10 @@ def main():
     model.checkpoint_activations = args.checkpoint_activations
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if args.compile:
-        model.compile()  # in place, so that parameters keep their names
+        # Block by block: backbone and head have one shape of block each, so that two are compiled
+        # instead of thirty. In place, so that parameters keep their names.
+        for block in model.blocks:
+            block.compile(dynamic=False)
     ddp_model = model
     if ddp:
         device_ids = [device.index] if args.device == "cuda" else None
@@ -334,7 +345,7 @@ def main():
             draw_pairs(rae, data, out / "pairs.png", device)
 
     num_parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print0(f"{device} x {world_size}, {'bf16' if bf16 else 'fp32'}")
+    print0(f"{device} x {world_size}, {precision}")
     print0(f"{len(data)} images of {len(data.classes)} classes")
     print0(f"{latent_shape[0]} tokens x {latent_shape[1]}, alpha {alpha:.3f}")
     print0(f"backbone {args.backbone}, head {args.wide_head}, {num_parameters:.1f}M parameters")
@@ -344,7 +355,8 @@ def main():
     if args.label_drop == 1:
         classes = [model.num_classes]  # the null label is all that this model knows
     preview_labels = balanced_labels(classes, 8 * len(classes))
-    preview_times = time_grid(25, alpha)
+    timesteps = time_grid(25, alpha)
+    preview_batch = min(micro_batch, 64)  # images at once: what training holds is enough
 
     # The images of all steps that are left, read ahead by workers.
     loader = torch.utils.data.DataLoader(
@@ -427,16 +439,15 @@ def main():
 
         # Draw samples of the averaged weights.
         if rank == 0 and step > 0 and (step % args.sample_every == 0 or last):
-            pictures = generate(
-                rae,
-                ema,
-                preview_labels,
-                preview_times,
-                args.seed,
-                autocast,
-                cfg_scale=args.cfg_scale,
-            )
-            save_sheet(pictures, out / f"samples_{step:07d}.png", columns=len(classes))
+            pictures = []
+            for start in range(0, len(preview_labels), preview_batch):
+                some = preview_labels[start : start + preview_batch]
+                drawn = generate(
+                    rae, ema, some, timesteps, args.seed, autocast, start, cfg_scale=args.cfg_scale
+                )
+                pictures.append(drawn)
+            sheet = torch.cat(pictures)
+            save_sheet(sheet, out / f"samples_{step:07d}.png", columns=len(classes))
         if last:
             break
 
@@ -446,24 +457,27 @@ def main():
         images, labels = next(stream)
         images = images.to(device, non_blocking=True)  # (b, 3, H, W) uint8
         labels = labels.to(device, non_blocking=True)  # (b,)
-        t, drop, noise = draw_step(args, step, batches.rows, latent_shape, device)
+        t, drop = draw_time_and_drop(args, step, batches.rows, device)
         y = torch.where(drop, model.num_classes, labels)  # (b,); num_classes is the null label
 
         # Loss and gradient, micro_batch images at a time. DistributedDataParallel averages the
-        # gradients over the processes in the last of these backward passes.
+        # gradients over the processes in the last of these backward passes. The encoder runs
+        # outside autocast, as in the pass that made the latent statistics.
         losses = []
         for part in parts:
+            keys = [(args.seed, step, row) for row in batches.rows[part]]
+            noise = keyed_noise(keys, latent_shape, device)  # (b, N, C)
+            z = rae.encode(images[part] / 255)  # (b, N, C), frozen: without gradient
             sync = ddp_model.no_sync() if ddp and part != parts[-1] else nullcontext()
             with sync:
                 with autocast:
-                    z = rae.encode(images[part] / 255)  # (b, N, C), frozen: without gradient
-                    loss = flow_loss(ddp_model, z, y[part], alpha, t[part], noise[part])  # (b,)
+                    loss = flow_loss(ddp_model, z, y[part], alpha, t[part], noise)  # (b,)
                 (loss.sum() / local_batch_size).backward()
             losses.append(loss.detach())
 
         # The optimiser's step, unless the gradient is not finite: then the step is skipped.
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-        if norm.isfinite():
+        if norm.isfinite():  # the only place in a step where the CPU waits for the GPU
             optimizer.step()
             update_ema(ema, model, args.ema, step)
             bins = (shift_time(t, alpha) * NUM_BINS).long().clamp(max=NUM_BINS - 1)  # (b,)

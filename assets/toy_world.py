@@ -17,6 +17,9 @@ class ToyShapes:
     def __len__(self):
         return len(self.labels)
 
+    def __getitem__(self, index):
+        return self.load(index)
+
     def load(self, index, rng=None, flip=False):
         """Image number `index` as (3, size, size) uint8."""
         image = self.images[index]

@@ -2,12 +2,16 @@
 
     python tests/bench.py                    # every size that this machine can do, minutes
     python tests/bench.py --sizes toy --seconds 1
-    python tests/bench.py --seconds 0        # only what is computed: FLOPs and the batches that fit
+    python tests/bench.py --seconds 0        # only what is computed, two minutes
 
-Each case runs in a process of its own, so that its peak memory is its own (CUDA: allocated; CPU:
-resident, less what a process has after the imports). FLOPs are counted by torch on matrix products
-and attention, forward and backward. "share" is FLOPs a second over the machine's rate of matrix
-products, measured at the same precision.
+What is computed needs no GPU: the steps of both stages run on fake tensors, which have shapes and
+storages but no numbers. Counted are the bytes held at the peak, the FLOPs of matrix products and
+attention, and the bytes that all other operations read and write. From these follow the batches
+that fit and the hours of the paper's runs.
+
+What is measured: each case runs in a process of its own, so that its peak memory is its own (CUDA:
+allocated; CPU: resident, less what a process has after the imports). "share" is FLOPs a second over
+the machine's rate of matrix products, measured at the same precision.
 """
 
 import argparse
@@ -18,16 +22,19 @@ import resource
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dit_dh import SIZES, DiTDH, flow_loss, sample, shift_alpha, time_grid  # noqa: E402
-from rae import update_ema  # noqa: E402
+from rae import DECODERS, Decoder, Encoder, update_ema  # noqa: E402
 
 HEAD = (SIZES["G"][0], 2, SIZES["G"][2])
 # name: latent_dim, grid_size, backbone, wide_head, batch on a CPU, batch on a GPU
@@ -38,7 +45,6 @@ CASES = {
 for size in ("S", "B", "L", "XL"):
     CASES[size] = (768, 16, SIZES[size], HEAD, 2, 64)
 TRAINED = ("toy", "tokens64", "S", "XL")
-FROZEN = 86.6e6 + 415.4e6  # parameters of DINOv2-B and of the XL decoder
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -67,66 +73,233 @@ def loss_of(model, z, y, t, noise, precision):
 # What is computed
 
 
+aten = torch.ops.aten
+COUNTS = flop_registry | {  # fake tensors are the CPU's, whose attention is not in torch's table
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        aten._scaled_dot_product_flash_attention
+    ],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class Costs(TorchDispatchMode):
+    """Counts the bytes that tensors made in this context hold, now and at most; the FLOPs of matrix
+    products and attention; and the bytes that all other operations but mere views read and write.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+        self.now = 0
+        self.peak = 0
+        self.flops = 0
+        self.traffic = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        read = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+        written = [x for x in tree_leaves(results) if isinstance(x, torch.Tensor)]
+        for tensor in written:
+            self.hold(tensor.untyped_storage())
+        name = func._schema.name
+        if func._overloadpacket in COUNTS:
+            count = COUNTS[func._overloadpacket]
+            self.flops += count(*args, **(kwargs or {}), out_val=results)
+        elif name.startswith("aten::") and not func.is_view and name != "aten::detach":
+            self.traffic += sum(x.numel() * x.element_size() for x in read + written)
+        return results
+
+    def hold(self, storage):
+        key = storage._cdata
+        if key in self.storages:
+            return
+        size = storage.nbytes()
+
+        def freed(_):
+            del self.storages[key]
+            self.now -= size
+
+        self.storages[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
 def flops(name, grid_size=None):
     """FLOPs of one image: (a training step, an evaluation)."""
     with FakeTensorMode():
         model = build(name, grid_size)
-        with FlopCounterMode(display=False) as train:
+        with Costs() as train:
             loss_of(model, *inputs(model, 1), "fp32").backward()
         z, y, t, _ = inputs(model, 1)
-        with torch.no_grad(), FlopCounterMode(display=False) as evaluation:
+        with torch.no_grad(), Costs() as evaluation:
             model(z, t, y)
-    return train.get_total_flops(), evaluation.get_total_flops()
+    return train.flops, evaluation.flops
 
 
-def kept_per_image(run, model):
-    """Bytes that autograd keeps of run(batch) for the backward pass, per image."""
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    sizes = []
-    for batch in (1, 3):
-        kept = {}  # holds the tensors themselves, so that no address comes twice
+def frozen(model, image_size):
+    """A ViT of timm for images of this size, without its weights."""
+    import timm
+    from timm.models import vision_transformer
 
-        def pack(tensor, kept=kept):
-            kept[tensor.untyped_storage()._cdata] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            run(batch)
-        total = 0
-        for address, tensor in kept.items():
-            if address not in own:
-                total += tensor.untyped_storage().nbytes()
-        sizes.append(total)
-    return (sizes[1] - sizes[0]) / 2
+    # timm reads these from a tensor, and fake tensors have no numbers.
+    vision_transformer.calculate_drop_path_rates = lambda rate, depth: [0.0] * depth
+    vit = timm.create_model(model, num_classes=0, img_size=image_size)
+    return Encoder(vit, image_size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
-def fits(name, grid_size, checkpointed):
-    """Images that fit in training at bf16, by GB of memory: computed, not tried.
+def dinov2(image_size):
+    return frozen("vit_base_patch14_reg4_dinov2", image_size * 14 // 16)
 
-    Held always: weights, gradients, two moments and the average in float32, bfloat16 copies of the
-    weights under autocast, the frozen encoder and decoder. Per image: what autograd keeps for the
-    backward pass and, with checkpointed activations, what one block of the head keeps during its
-    own. A tenth is left free.
+
+def adamw(module):
+    return torch.optim.AdamW(module.parameters(), lr=2e-4, weight_decay=0.0, fused=True)
+
+
+def diffusion_step(name, image_size, micro_batch, num_parts=2, checkpointed=False):
+    """Two steps of train_diffusion.py on fake tensors, num_parts micro-batches each.
+
+    Bytes at the peak, and bytes of traffic and FLOPs of a step.
     """
-    with FakeTensorMode():
-        model = build(name, grid_size)
+    with FakeTensorMode(), Costs() as costs:
+        encoder = dinov2(image_size)
+        decoder = Decoder(768, image_size // 16, 16, *DECODERS["XL"])  # held for the pictures
+        model = build(name, image_size // 16)
         model.checkpoint_activations = checkpointed
-        each = kept_per_image(lambda n: loss_of(model, *inputs(model, n), "bf16"), model)
-        if checkpointed:
-            block = model.blocks[-1]
-            rope = model.dec_feat_rope
+        ema = build(name, image_size // 16).requires_grad_(False)
+        buckets = [torch.empty_like(p) for p in model.parameters()]  # DistributedDataParallel's
+        optimizer = adamw(model)
+        for _ in range(2):
+            before = costs.traffic
+            images = torch.zeros(num_parts * micro_batch, 3, image_size, image_size)
+            for part in images.split(micro_batch):
+                z = encoder(part)
+                loss_of(model, z, *inputs(model, micro_batch)[1:], "bf16").backward()
+            optimizer.step()
+            update_ema(ema, model, 0.9995, 10**5)
+            optimizer.zero_grad()
+    del decoder, buckets
+    traffic = costs.traffic - before
+    return {"peak": costs.peak, "traffic": traffic, "flops": costs.flops / 2}
 
-            def run_block(n):
-                x = torch.randn(n, model.grid_size**2, HEAD[0])
-                block(x, torch.randn_like(x), rope)
 
-            with autocast("cpu", "bf16"):
-                each += kept_per_image(run_block, block)
-        always = 22 * sum(p.numel() for p in model.parameters()) + 4 * FROZEN
+def decoder_step(image_size, micro_batch, num_parts=1, checkpointed=False):
+    """As diffusion_step for train_decoder.py: ViT-XL on DINOv2-B, published critics, with GAN."""
+    import timm
+
+    import train_decoder as T
+
+    with FakeTensorMode(), Costs() as costs:
+        encoder = dinov2(image_size)
+        T.load_timm = lambda model, weights, flag: timm.create_model("vgg16", num_classes=0)
+        weights = [torch.rand(width) for width in (64, 128, 256, 512, 512)]
+        lpips = T.PerceptualLoss(T.VGGFeatures(), weights)
+        features = T.ViTFeatures(frozen("vit_small_patch8_224", 224))
+        discriminator = T.Discriminator(features.width, features.num_layers)
+        decoder = Decoder(768, encoder.grid_size, 16, *DECODERS["XL"])
+        decoder.checkpoint_activations = checkpointed
+        ema = Decoder(768, encoder.grid_size, 16, *DECODERS["XL"]).requires_grad_(False)
+        buckets = [torch.empty_like(p) for p in decoder.parameters()]
+        optimizer = adamw(decoder)
+        d_optimizer = adamw(discriminator)
+        last_layer = decoder.decoder_pred.weight
+
+        for _ in range(2):
+            before = costs.traffic
+            images = torch.zeros(num_parts * micro_batch, 3, image_size, image_size)
+            u = torch.rand(micro_batch, 5)
+            clean_tokens = []
+            discriminator.eval()
+            discriminator.requires_grad_(False)
+            for real in images.split(micro_batch):
+                tokens = encoder(real)
+                clean_tokens.append(tokens)
+                with autocast("cpu", "bf16"):
+                    reconstruction = decoder(tokens + torch.randn_like(tokens))
+                rec_loss = (reconstruction - real).abs().mean()
+                rec_loss = rec_loss + lpips(reconstruction, real).mean()
+                with autocast("cpu", "bf16"):
+                    (logits,) = discriminator(features(T.augment(reconstruction, u)))
+                gan = T.generator_loss(logits)
+                (g_rec,) = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)
+                (g_gan,) = torch.autograd.grad(gan, last_layer, retain_graph=True)
+                (rec_loss + T.adaptive_weight(g_rec, g_gan) * gan).backward()
+            optimizer.step()
+            update_ema(ema, decoder, 0.9978, 10**5)
+            optimizer.zero_grad()
+            del reconstruction, rec_loss, gan, logits, g_rec, g_gan
+
+            discriminator.train()
+            discriminator.requires_grad_(True)
+            for real, tokens in zip(images.split(micro_batch), clean_tokens):
+                with autocast("cpu", "bf16"):
+                    with torch.no_grad():
+                        fake_features = features(T.augment(decoder(tokens), u))
+                        real_features = features(T.augment(real, u))
+                    logits_fake, logits_real = discriminator(fake_features, real_features)
+                T.hinge_loss(logits_real, logits_fake).backward()
+            d_optimizer.step()
+            d_optimizer.zero_grad()
+            del fake_features, real_features, logits_fake, logits_real
+    del buckets
+    traffic = costs.traffic - before
+    return {"peak": costs.peak, "traffic": traffic, "flops": costs.flops / 2}
+
+
+def hours(step, num_steps):
+    """(least, most) hours of so many steps on H100s of which matrix products get 350 TFLOP/s, half
+    of what is promised, and other operations 2.7 TB/s of memory, four fifths of that.
+
+    Least: matrix products alone. Most: and all the traffic of eager mode, one operation after the
+    other. Compiled runs lie between, since they fuse operations.
+    """
+    products = step["flops"] / 350e12
+    traffic = step["traffic"] / 2.7e12
+    return num_steps * products / 3600, num_steps * (products + traffic) / 3600
+
+
+def fits(step, *size, **options):
+    """Images at once that fit in training at bf16, by GB of a GPU, a tenth of which is left free.
+
+    step is one of the two functions above. Memory grows with the images in a straight line.
+    """
+    few, many = 16, 64
+    low = step(*size, few, **options)["peak"]
+    high = step(*size, many, **options)["peak"]
+    each = (high - low) / (many - few)
+    always = high - many * each
     images = {}
-    for gigabytes in (8, 12, 24, 80):
+    for gigabytes in (24, 48, 80):
         images[f"{gigabytes} GB"] = max(0, int((0.9e9 * gigabytes - always) / each))
     return images
+
+
+def presets():
+    """What a step of each ImageNet preset takes on each of eight GPUs, and all steps in hours."""
+    import train_decoder
+    import train_diffusion
+
+    rows = []
+    for script, step in ((train_decoder, decoder_step), (train_diffusion, diffusion_step)):
+        for image_size in (256, 512):
+            preset = script.PRESETS[f"imagenet{image_size}"]
+            micro_batch = preset["micro_batch"]
+            num_parts = preset["global_batch_size"] // 8 // micro_batch
+            size = ("XL",) if script is train_diffusion else ()
+            found = step(*size, image_size, micro_batch, num_parts)
+            least, most = hours(found, preset["steps"])
+            row = {
+                "script": script.__name__,
+                "px": image_size,
+                "images": f"{num_parts} x {micro_batch}",
+                "gb": found["peak"] / 1e9,
+                "tflop": found["flops"] / 1e12,
+                "traffic_gb": found["traffic"] / 1e9,
+                "hours": [least, most],
+            }
+            rows.append(row)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,7 +359,8 @@ def train(name, precision, compiled, device, seconds):
     )
     x = [tensor.to(device) for tensor in inputs(model, batch)]
     if compiled:
-        model.compile()
+        for block in model.blocks:
+            block.compile(dynamic=False)
 
     def step():
         loss_of(model, *x, precision).backward()
@@ -275,22 +449,23 @@ def main():
                     print(row, file=sys.stderr)
 
         # Images that fit, and sampling.
-        for grid_size in (16, 32) if name in SIZES else ():
+        for image_size in (256, 512) if name in ("S", "XL") else ():
             for checkpointed in (False, True):
-                row = {
-                    "size": name,
-                    "tokens": grid_size**2,
-                    "checkpoint_activations": checkpointed,
-                    "images": fits(name, grid_size, checkpointed),
-                }
-                result["fits"].append(row)
-            if args.seconds:
-                _, evaluation_flops = flops(name, grid_size)
-                precision = "bf16" if device == "cuda" else "fp32"
-                row = {"size": name, "tokens": grid_size**2, "gflop": evaluation_flops / 1e9}
-                row |= apart("draw", name, grid_size, device, precision)
-                result["sample"].append(row)
-                print(row, file=sys.stderr)
+                images = fits(diffusion_step, name, image_size, checkpointed=checkpointed)
+                row = {"size": name, "px": image_size, "checkpointed": checkpointed}
+                result["fits"].append(row | images)
+        for grid_size in (16, 32) if name in SIZES and args.seconds else ():
+            _, evaluation_flops = flops(name, grid_size)
+            precision = "bf16" if device == "cuda" else "fp32"
+            row = {"size": name, "tokens": grid_size**2, "gflop": evaluation_flops / 1e9}
+            row |= apart("draw", name, grid_size, device, precision)
+            result["sample"].append(row)
+            print(row, file=sys.stderr)
+    if "XL" in args.sizes:
+        result["presets"] = presets()
+        for image_size in (256, 512):
+            row = {"size": "decoder", "px": image_size, "checkpointed": False}
+            result["fits"].append(row | fits(decoder_step, image_size))
     print(json.dumps(result, indent=1))
 
 

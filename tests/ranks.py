@@ -3,8 +3,8 @@
     python ranks.py KEEP SCRIPT [flags]
 
 Each process writes KEEP/RANK.pt: for each optimiser the gradients of its first step and its
-parameters at the end, and the names of the modules that DistributedDataParallel wrapped. With EPS
-in the environment that becomes AdamW's eps.
+parameters at the end, the names of the modules that DistributedDataParallel wrapped, and how many
+graphs were compiled. With EPS in the environment that becomes AdamW's eps.
 """
 
 import os
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo.utils
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -53,4 +54,5 @@ kept = []
 for optimizer in optimizers:
     parameters = [p.detach() for p in optimizer.parameters()]
     kept.append({"grads": optimizer.first_gradients, "params": parameters})
-torch.save({"optimizers": kept, "wrapped": wrapped}, keep / f"{rank}.pt")
+graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+torch.save({"optimizers": kept, "wrapped": wrapped, "graphs": graphs}, keep / f"{rank}.pt")

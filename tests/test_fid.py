@@ -18,6 +18,7 @@ import fid
 from fid import (
     Images,
     InceptionV3,
+    compute_statistics,
     extract_features,
     frechet_distance,
     inception_score,
@@ -25,7 +26,6 @@ from fid import (
     precision_recall,
     prepare,
     resize_adm,
-    statistics,
 )
 
 DATA = ROOT.parent / "shared" / "data"
@@ -200,7 +200,7 @@ def test_features_are_those_of_all_images_in_their_order(tmp_path, batch_size):
     assert torch.equal(pool3, want[:, :20])
     assert spatial is None
 
-    found = statistics(images, ["fid", "sfid"], None, extract, batch_size, "cpu")
+    found = compute_statistics(images, ["fid", "sfid"], None, extract, batch_size, "cpu")
     want = want.double().numpy()
     assert np.allclose(found["mu"], want[:, :20].mean(0), rtol=1e-12)
     assert np.allclose(found["sigma"], np.cov(want[:, :20].T), rtol=1e-9)
@@ -215,11 +215,11 @@ def test_every_kind_of_image_is_read(tmp_path):
     (tmp_path / "deep" / "record.json").write_text("{}")
     images = Images(tmp_path)
     assert len(images) == 5
-    assert images.size == 8
+    assert images.size == "8"
     for i in range(5):
         assert images.load(i).shape == (3, 8, 8)
         assert images.load(i).dtype == torch.uint8
-    assert Images(tmp_path, crop=4).size == 4
+    assert Images(tmp_path, crop=4).size == "4"
     assert len(Images(tmp_path, num=3)) == 3
 
 
@@ -229,12 +229,29 @@ def test_bad_arrays(tmp_path):
         ({"arr_0": np.zeros((4, 3, 8, 8), np.uint8)}, "uint8"),
         ({"x": np.zeros(3)}, "uint8"),
         ({"arr_0": np.zeros((1, 8, 8, 3), np.uint8)}, "1 images"),
-        ({"arr_0": np.array([print], dtype=object)}, "not an .npz"),  # code that would be run
+        ({"arr_0": np.array([print], dtype=object)}, "uint8"),  # code that would be run
     ]
     for arrays, message in cases:
         np.savez(tmp_path / "bad.npz", **arrays)
         with pytest.raises(ValueError, match=message):
             Images(tmp_path / "bad.npz")
+
+
+def test_images_of_an_npz_are_mapped(tmp_path):
+    """As np.savez and sample.py write them; a compressed file is read."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", mu=np.zeros(3), arr_0=pixels, record="x")
+    np.savez_compressed(tmp_path / "b.npz", mu=np.zeros(3), arr_0=pixels)
+    for name, mapped in (("a.npz", True), ("b.npz", False)):
+        images = Images(tmp_path / name)
+        assert isinstance(images.items, np.memmap) == mapped
+        assert np.array_equal(images.items, pixels)
+        assert torch.equal(images.load(3), torch.from_numpy(pixels[3]).permute(2, 0, 1))
+        assert len(Images(tmp_path / name, num=3)) == 3
+    cut = (tmp_path / "a.npz").read_bytes()[:-200]
+    (tmp_path / "cut.npz").write_bytes(cut)
+    with pytest.raises(ValueError, match="cut.npz: not an .npz of arrays"):
+        Images(tmp_path / "cut.npz")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -491,18 +508,25 @@ def test_mistakes(run, sides, inception_file, tmp_path):
     (tmp_path / "broken" / "1.png").write_text("text")
     run("fid.py", f"b {weights} --save b.npz", tiny=False)
     np.savez("nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
+    np.savez("unlabelled.npz", mu=np.zeros(64), sigma=np.eye(64))
     cases = [
         (
             f"a b.npz {weights} --mode pytorch-fid",
             r"b.npz: statistics of \(adm, .*\), not of \(pytorch-fid",
         ),
+        ("a unlabelled.npz --features encoder:toy", r"statistics of \(Inception, as the file says"),
+        (f"unlabelled.npz {weights} --save c.npz", "unlabelled.npz: wants images"),
+        (f"a {weights} --save c", "--save c: wants a name that ends in .npz"),
         (f"big b.npz {weights}", "big and b.npz have 32 and 48 px; pass --crop"),
         (f"uneven b.npz {weights}", "32 and mixed px"),
         (f"broken a {weights}", "broken/1.png: cannot be read as an image"),
         (f"a nan.npz {weights}", "nan.npz: mu is not finite throughout"),
         (f"a b {weights} --metrics fid,kid", "--metrics fid,kid: wants some of"),
         (f"a b {weights} --num 1", "a: 1 images; a distance needs two"),
-        ("a b --features encoder:toy --metrics is", "--metrics is: only fid"),
+        (
+            "a b --features encoder:toy --metrics is",
+            "--metrics is: encoder:toy has features for fid's distance alone",
+        ),
         ("a b --features toy", "--features toy: wants inception or encoder:NAME"),
         ("uneven uneven --features encoder:toy", "wants square images of one size; pass --crop"),
         (f"a b --weights {tmp_path}/nan.npz", "not the Inception weights"),
@@ -525,8 +549,8 @@ def test_images_that_turn_out_uneven(tmp_path):
     save_images(tmp_path / "a", 65, size=(32, 32))
     save_images(tmp_path / "b", 1, size=(36, 36))
     images = Images(tmp_path)
-    assert images.size == 32
-    extract, label = fid.load_encoder("toy", images.size, "cpu")
+    assert images.size == "32"
+    extract, label = fid.load_encoder("toy", 32, "cpu")
     assert label.startswith("encoder toy ")
     with pytest.raises(ValueError, match="encoder:toy wants images of one size; pass --crop"):
         extract_features(images, extract, 66, "cpu")
@@ -537,7 +561,11 @@ def test_warnings(tmp_path, inception_file):
     folder = tmp_path / "jpeg"
     done = launch(ONE, f"{folder} {folder} --weights {inception_file}", tmp_path)
     assert done.returncode == 0, done.stderr
-    for text in ("is not the published file", "holds JPEG images", "3 samples; below 2048"):
+    for text in (
+        "is not the published file",
+        "holds JPEG images",
+        "3 samples; with fewer than the 2,048 features FID is far too high",
+    ):
         assert text in done.stderr
     assert done.stdout.startswith("FID ")
     assert "(N=3, adm, inception " in done.stdout
@@ -555,7 +583,7 @@ def test_sample_folders_carry_a_record(run):
         run("sample.py", "--out s --seed 1")
     run("sample.py", "--out s.npz")
     assert json.loads(str(np.load("s.npz")["record"])) == record
-    assert Images("s").size == 32
+    assert Images("s").size == "32"
     assert len(Images("s")) == 20
 
 
@@ -597,7 +625,7 @@ def extract(images):
 
 
 metrics = sys.argv[3].split(",")
-result = fid.statistics(Noise(), metrics, Network(), extract, 64, "cpu")
+result = fid.compute_statistics(Noise(), metrics, Network(), extract, 64, "cpu")
 if "pr" in metrics:
     references = torch.rand(2000, 2048, generator=generator)
     print(fid.precision_recall(result["pool3"], references))

@@ -1,5 +1,6 @@
 """rae.py: images, the toy world, encoder, noise, statistics, files, and what the scripts share."""
 
+import copy
 import json
 import os
 import pickle
@@ -10,12 +11,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import gap
+from conftest import ROOT, gap
 from PIL import Image
 
 import rae as R
 from assets import toy_world
-from dit_dh import load_released
+from dit_dh import DiTDH, load_released
 
 
 def save_images(folder, n, size=(40, 36), mode="RGB", suffix=".png", seed=0):
@@ -78,6 +79,78 @@ def test_flat_folder_is_one_class(tmp_path):
     assert data.labels.tolist() == [0, 0, 0]
 
 
+def test_links_to_folders_are_followed(tmp_path):
+    save_images(tmp_path / "elsewhere", 2)
+    save_images(tmp_path / "photos" / "cat", 3)
+    os.symlink(tmp_path / "elsewhere", tmp_path / "photos" / "ant")
+    data = R.ImageFolder(tmp_path / "photos", 16)
+    assert data.classes == ["ant", "cat"]
+    assert data.labels.tolist() == [0, 0, 1, 1, 1]
+    assert data.names == ["ant/0.png", "ant/1.png", "cat/0.png", "cat/1.png", "cat/2.png"]
+    assert data[1].shape == (3, 16, 16)
+
+    # Twice the same folder is no loop; a link to a folder above is, also by way of another.
+    os.symlink(tmp_path / "elsewhere", tmp_path / "photos" / "bee")
+    assert len(R.ImageFolder(tmp_path / "photos", 16)) == 7
+    os.symlink(tmp_path / "photos", tmp_path / "elsewhere" / "up")
+    with pytest.raises(ValueError, match="ant/up: a link to a folder that it lies in"):
+        R.ImageFolder(tmp_path / "photos", 16)
+
+
+def test_what_is_no_class_is_skipped_or_refused(tmp_path):
+    for name in ("cat", "dog/brown", ".cache", "__MACOSX/cat"):
+        save_images(tmp_path / name, 2)
+    (tmp_path / "cat" / "._0.png").write_text("what a Mac adds to zip files")
+    (tmp_path / "cat" / "notes.txt").write_text("")
+    data = R.ImageFolder(tmp_path, 16)
+    assert data.classes == ["cat", "dog/brown"]
+    assert len(data) == 4
+
+    # An image beside class folders would be a class of its own, which nobody means.
+    save_images(tmp_path / "dog", 1)
+    with pytest.raises(ValueError, match="images in the folder dog beside the class .* dog/brown"):
+        R.ImageFolder(tmp_path, 16)
+    os.remove(tmp_path / "dog" / "0.png")
+    save_images(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"images in the folder \. beside the class folder cat"):
+        R.ImageFolder(tmp_path, 16)
+
+
+OPENING = """
+import sys, time
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+import bench
+import rae
+
+imports = bench.held_at_most()
+began = time.time()
+data = rae.ImageFolder("photos", 16)
+data.fingerprint()
+print(len(data), len(data.classes), time.time() - began, bench.held_at_most() - imports)
+"""
+
+
+@pytest.mark.slow
+def test_a_large_folder_opens_quickly(tmp_path):
+    """200,000 files in 1,000 class folders, half of them links."""
+    (tmp_path / "photos").mkdir()
+    for i in range(1000):
+        folder = tmp_path / ("photos" if i % 2 else "elsewhere") / f"n{i:08d}"
+        folder.mkdir(parents=True)
+        for j in range(200):
+            (folder / f"n{i:08d}_{j}.JPEG").touch()
+        if i % 2 == 0:
+            os.symlink(folder, tmp_path / "photos" / folder.name)
+    command = [sys.executable, "-c", OPENING, str(ROOT)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    images, classes, seconds, held = map(float, done.stdout.split())
+    print(f"200,000 files open in {seconds:.2f} s and {held / 1e6:.0f} MB")
+    assert (images, classes) == (200000, 1000)
+    assert seconds < 4
+    assert held < 60e6
+
+
 def test_broken_images_are_named(tmp_path):
     save_images(tmp_path, 2, size=(200, 200))
     whole = (tmp_path / "1.png").read_bytes()
@@ -101,6 +174,15 @@ def test_random_crops_differ_and_stay_inside(tmp_path):
     crops = [data.load(0, np.random.default_rng(i)) for i in range(8)]
     assert len({crop.tobytes() for crop in crops}) > 4
     assert {crop.shape for crop in crops} == {(3, 32, 32)}
+
+
+def test_random_crops_are_cut_from_one_bicubic_step(tmp_path):
+    """As in the released training: no halving first, whatever the size."""
+    save_images(tmp_path, 1, size=(100, 64))
+    image = R.open_image(tmp_path / "0.png")
+    crop = np.asarray(R.random_crop(image, 16, 16, np.random.default_rng(0)))
+    resized = np.asarray(image.resize((25, 16), Image.BICUBIC))
+    assert any(np.array_equal(crop, resized[:, left : left + 16]) for left in range(10))
 
 
 def test_a_folder_is_known_by_its_names(tmp_path):
@@ -235,10 +317,10 @@ def test_noise_in_training_only(toy, dist, mean):
 
 @pytest.mark.parametrize("batch_size, num", [(7, 29), (4, 33), (100, 30)])
 def test_statistics_equal_numpy(toy, batch_size, num, monkeypatch):
-    """33 images in batches of 4 have a last batch of one."""
+    """33 images in batches of 4 have a last batch of one. Some are read by a worker."""
     monkeypatch.setattr(toy_world, "TOY", {"train": (num, 0)})
     data = toy_world.ToyShapes()
-    mean, var = R.latent_statistics(toy.encoder, data, batch_size, "cpu")
+    mean, var = R.latent_statistics(toy.encoder, data, batch_size, "cpu", workers=num % 2)
     assert mean.shape == var.shape == (64, 4, 4)
 
     # In the same batches: the encoder's rounding depends on their size.
@@ -279,6 +361,37 @@ def test_fingerprints(toy):
 class Evil:
     def __reduce__(self):
         return os.system, ("touch hacked",)
+
+
+READING = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+import bench
+import sample
+
+imports = bench.held_at_most()
+model, trained_with = sample.load_model("big.pt")
+print(bench.held_at_most() - imports, trained_with["seed"])
+"""
+
+
+def test_only_what_is_used_of_a_checkpoint_is_read(tmp_path):
+    """sample.py wants the EMA weights of a file that holds 400 MB of optimiser besides."""
+    model = DiTDH(8, 4, (16, 1, 2), None, num_classes=2)
+    optimizer = {"moments": torch.zeros(10**8)}
+    file = {"ema": model.state_dict(), "config": model.config, "args": {"seed": 3}}
+    torch.save(file | {"optimizer": optimizer}, tmp_path / "big.pt")
+    command = [sys.executable, "-c", READING, str(ROOT)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    held, seed = done.stdout.split()
+    assert int(held) < 50e6
+    assert seed == "3"
+    assert R.read_file(tmp_path / "big.pt")["optimizer"]["moments"].shape == (10**8,)
+
+    # A file in torch's old format cannot be mapped, and is read.
+    torch.save({"x": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert R.read_file(tmp_path / "old.pt")["x"].tolist() == [1, 1]
 
 
 def test_files_that_are_not_read(tmp_path, monkeypatch):
@@ -514,6 +627,44 @@ def test_keyed_generators():
 
 # ---------------------------------------------------------------------------------------------
 # The average
+
+
+def test_precision(monkeypatch):
+    """auto is bf16 only on a GPU that computes in it; fp32 means no TF32 either."""
+    cuda = torch.device("cuda")
+    for native, want in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+        assert R.set_precision("auto", cuda) == want
+        assert torch.backends.cuda.matmul.allow_tf32 == native
+        assert R.set_precision("auto", torch.device("cpu")) == "fp32"
+    for name in ("bf16", "tf32", "fp32"):
+        assert R.set_precision(name, cuda) == name
+        assert torch.backends.cuda.matmul.allow_tf32 == (name != "fp32")
+        assert torch.backends.cudnn.allow_tf32 == (name != "fp32")
+
+
+def test_frozen_matrices_are_cast_once(toy):
+    """Under autocast the same numbers, to the bit, from half the bytes."""
+    tokens = torch.randn(3, 16, 64)
+    decoder = copy.deepcopy(toy.decoder)
+    R.cast_matrices(decoder)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(decoder(tokens), toy.decoder(tokens))
+    assert decoder.decoder_pred.weight.dtype == torch.bfloat16
+    assert decoder.decoder_norm.weight.dtype == torch.float32
+    assert decoder.decoder_pos_embed.dtype == torch.float32
+
+
+def test_batches_are_dealt_in_turn(monkeypatch):
+    dealt = {}
+    for world_size in (1, 3):
+        shares = []
+        for rank in range(world_size):
+            monkeypatch.setattr(R, "rank_and_world_size", lambda r=rank, w=world_size: (r, w))
+            shares.append(R.deal_batches(10, 3))
+        dealt[world_size] = shares
+    assert dealt[1] == [[range(0, 3), range(3, 6), range(6, 9), range(9, 10)]]
+    assert dealt[3] == [[range(0, 3), range(9, 10)], [range(3, 6)], [range(6, 9)]]
 
 
 def test_ema_warms_up_and_is_no_alias():

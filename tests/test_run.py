@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -127,16 +128,19 @@ FLAGS = {
         "--image-size 64 --upsample 2 --steps 2 --global-batch-size 4 --out d/up",
         "--data photos --encoder e/enc.pt --image-size 24 --steps 2 --global-batch-size 4 "
         "--out d/b --precision fp32",
+        "--steps 1 --global-batch-size 2 --out d/tf32 --precision tf32 --eval-num 2",
         "--size L --steps 1 --global-batch-size 2 --out d/L --eval-num 2",
         "--size XL --steps 1 --global-batch-size 2 --out d/XL --eval-num 2",
         "--data photos --encoder e/enc.pt --image-size 24 --steps 2 --global-batch-size 4 "
         "--out d/c --init d/b/checkpoint.pt",
         "--preset imagenet256 --data photos --encoder timm:vit_tiny_patch16_224 "
         "--encoder-weights tiny.pt --size B --image-size 32 --resize 40 --steps 1 "
-        "--global-batch-size 2 --workers 0 --out d/preset --critics encoder --eval-num 2",
+        "--global-batch-size 2 --workers 0 --out d/preset --critics encoder --eval-num 2 "
+        "--no-compile",
         "--preset imagenet512 --data photos --encoder timm:vit_tiny_patch16_224 "
         "--encoder-weights tiny.pt --size toy --image-size 32 --resize 40 --steps 1 "
-        "--global-batch-size 2 --workers 0 --out d/preset512 --critics encoder --eval-num 2",
+        "--global-batch-size 2 --workers 0 --out d/preset512 --critics encoder --eval-num 2 "
+        "--no-compile",
         "--eval-only --ckpt bare.pt --stats stat.pt --encoder timm:vit_tiny_patch16_224 "
         "--encoder-weights tiny.pt --data photos --eval-num 3 --global-batch-size 2 "
         "--out d/judged --inception inception.pt",
@@ -153,10 +157,10 @@ FLAGS = {
         "--decoder d/up/checkpoint.pt --steps 1 --global-batch-size 4 --out f/up",
         "--preset imagenet512 --data photos --decoder bare.pt --encoder timm:vit_tiny_patch16_224 "
         "--encoder-weights tiny.pt --stats stat.pt --backbone S --wide-head 16,1,2 --steps 1 "
-        "--global-batch-size 2 --workers 0 --out f/preset",
+        "--global-batch-size 2 --workers 0 --out f/preset --no-compile --precision tf32",
         "--preset imagenet256 --data photos --decoder bare.pt --encoder timm:vit_tiny_patch16_224 "
         "--encoder-weights tiny.pt --stats stat.pt --backbone 16,1,2 --wide-head S --steps 1 "
-        "--global-batch-size 2 --workers 0 --out f/preset256 --precision fp32",
+        "--global-batch-size 2 --workers 0 --out f/preset256 --precision fp32 --no-compile",
     ],
     "sample.py": [
         "--ckpt f/a/checkpoint.pt --num 3 --steps 4 --t-last 0.001 --alpha 2 --cfg-scale 1.2 "
@@ -171,7 +175,7 @@ FLAGS = {
         "timm:vit_tiny_patch16_224 --encoder-weights tiny.pt --stats stat.pt --num 1 --steps 2 "
         "--out s/preset.png --precision fp32",
         "--preset imagenet512 --ckpt f/preset256/checkpoint.pt --num 1 --steps 2 "
-        "--out s/preset512.png",
+        "--out s/preset512.png --precision tf32",
     ],
     "fid.py": [
         "s/folder photos_fid --features encoder:e/enc.pt --num 3 --batch-size 2 --device cpu "
@@ -247,8 +251,9 @@ def test_every_flag_and_choice_is_run(script, run, monkeypatch):
     for action in parser._actions:
         if action.dest == "help" or not action.option_strings:
             continue
-        (flag,) = action.option_strings
-        assert re.search(rf"{flag}\b", text), flag
+        flag = action.option_strings[0]
+        for name in action.option_strings:  # --compile has --no-compile
+            assert re.search(rf"{name}\b", text), name
         for choice in action.choices or ():
             default = parser.get_default(action.dest)
             assert choice == default or f"{flag} {choice}" in text, (flag, choice)
@@ -352,6 +357,67 @@ def test_samples_do_not_depend_on_the_batch(run):
     assert abs(a - b).max() <= 1  # a product's rounding may depend on the batch
 
 
+@pytest.mark.parametrize("out", ["s.npz", "s.png", "s"])
+def test_sampling_goes_on_where_it_was_stopped(run, monkeypatch, out):
+    """Stopped in the fourth of seven batches; the others are not drawn again."""
+    run("train_diffusion.py")
+    flags = f"--num 20 --batch-size 3 --steps 2 --out {out}"
+    run("sample.py", flags, tiny=False)
+
+    def pictures():
+        if out == "s":
+            return {name: open(f"s/{name}", "rb").read() for name in sorted(os.listdir("s"))}
+        return open("s.npz", "rb").read()
+
+    whole = pictures()
+    assert not os.path.exists("s.parts")
+    shutil.rmtree("s", ignore_errors=True)
+    for name in ("s.npz", "s.png"):
+        if os.path.exists(name):
+            os.remove(name)
+
+    decode = rae.RAE.decode
+    drawn = []
+
+    def stopped(self, z):
+        drawn.append(len(z))
+        if len(drawn) == 4:
+            raise ValueError("stopped")
+        return decode(self, z)
+
+    monkeypatch.setattr(rae.RAE, "decode", stopped)
+    with pytest.raises(SystemExit, match="stopped"):
+        run("sample.py", flags, tiny=False)
+    with pytest.raises(SystemExit, match="not empty, and its images would mix"):
+        run("sample.py", f"{flags} --seed 1", tiny=False)
+    assert drawn == [3, 3, 3, 3]
+    run("sample.py", flags, tiny=False)
+    assert drawn == [3, 3, 3, 3] + [3, 3, 3, 2]
+    assert pictures() == whole
+    assert os.path.exists("s.png") == (out == "s.png")
+
+
+@pytest.mark.slow
+def test_killed_sampling_ends_as_if_it_had_not_been(run, tmp_path):
+    """kill -9, three times."""
+    run("train_diffusion.py")
+    command = [sys.executable, f"{ROOT}/sample.py"]
+    command += "--num 60 --batch-size 3 --steps 20 --device cpu".split()
+    subprocess.run([*command, "--out", "whole.npz"], check=True, capture_output=True)
+    parts = tmp_path / "killed.parts"
+    for kill in range(3):
+        process = subprocess.Popen([*command, "--out", "killed.npz"], stdout=subprocess.DEVNULL)
+        while len(list(parts.glob("*.npy"))) < 5 * (kill + 1):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    assert 15 <= len(list(parts.glob("*.npy"))) < 20
+    subprocess.run([*command, "--out", "killed.npz"], check=True, capture_output=True)
+    assert open("killed.npz", "rb").read() == open("whole.npz", "rb").read()
+    assert not parts.exists()
+
+
 @pytest.mark.slow
 def test_two_processes_sample_as_one(run, tmp_path):
     """7 samples in batches of 2: four batches, the last one short, over two and three."""
@@ -371,6 +437,35 @@ def test_two_processes_sample_as_one(run, tmp_path):
     assert pictures[0].shape == (7, 32, 32, 3)
     assert np.array_equal(pictures[0], pictures[1])
     assert np.array_equal(pictures[0], pictures[2])
+
+
+def test_statistics_outlive_a_stopped_run(run, photos, monkeypatch):
+    """They are in the folder before the first checkpoint, and are used if of the same latents."""
+    run("train_decoder.py", "--data photos --out whole")
+    os.makedirs("run")
+    shutil.copy("whole/stats.pt", "run/stats.pt")
+    open("run/log.jsonl", "w").close()
+    calls = []
+    statistics = rae.latent_statistics
+
+    def counting(*args):
+        calls.append(1)
+        return statistics(*args)
+
+    monkeypatch.setattr(rae, "latent_statistics", counting)
+    run("train_decoder.py", "--data photos --out run")
+    assert not calls
+    assert same(load_run("whole"), load_run("run"))
+    file = load("run/stats.pt")
+    assert file["mean"].shape == file["var"].shape == (64, 4, 4)
+
+    os.remove("run/checkpoint.pt")
+    run("train_decoder.py", "--data photos_val --out run")  # of other images
+    assert len(calls) == 1
+    assert not same(load("run/stats.pt"), file)
+    os.remove("run/stats.pt")
+    run("train_decoder.py", "--data photos_val --out run")  # the checkpoint has them too
+    assert len(calls) == 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -424,7 +519,7 @@ def test_mistakes_end_in_one_line(run, tmp_path, photos):
         ("sample.py", "--device cuda", "--device: invalid choice: 'cuda'"),
         ("fid.py", "--device cuda", "--device: invalid choice: 'cuda'"),
         ("fid.py", "used toy", "1 images"),
-        ("fid.py", f"{DIFFUSION} toy", "wants arr_0 of uint8"),
+        ("fid.py", f"{DIFFUSION} toy", "wants images, an arr_0 of uint8"),
         ("fid.py", "photos toy", "40 px|several sizes|44"),
         ("fid.py", "photos photos_val", "FID needs the Inception weights"),
         ("fid.py", "photos photos --features nothing", "wants inception or encoder"),
@@ -438,6 +533,33 @@ def test_mistakes_end_in_one_line(run, tmp_path, photos):
         assert re.search(message, text), (script, arguments, text)
         assert "\n" not in text, (script, arguments, text)
         assert text.startswith("error: "), (script, arguments, text)
+
+
+def test_a_macs_gpu_takes_one_process(run, monkeypatch):
+    monkeypatch.setattr(rae, "available_devices", lambda: ["mps", "cpu"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run_of_one = "--device mps: a Mac's GPU takes one process; run without torchrun"
+    for script in ("train_decoder.py", "train_diffusion.py"):
+        with pytest.raises(SystemExit, match=run_of_one):
+            run(script)
+    open("model.pt", "w").close()
+    with pytest.raises(SystemExit, match=run_of_one):
+        run("sample.py", "--ckpt model.pt")
+
+
+def test_without_file_locks_runs_are_made_all_the_same(run, monkeypatch):
+    """Windows has none."""
+    monkeypatch.setattr(rae, "fcntl", None)
+    run("train_diffusion.py", "--out a")
+    assert load("a/checkpoint.pt")["step"] == 4
+
+
+def test_a_model_without_labels_takes_none(run):
+    run("train_diffusion.py", "--label-drop 1")
+    said = run("sample.py")
+    assert "CFG 1.0" in said, "there is nothing to be guided from"
+    with pytest.raises(SystemExit, match="was trained without labels; pass null or nothing"):
+        run("sample.py", "--classes 3")
 
 
 def test_a_broken_image_stops_a_run_with_its_name(run, photos):

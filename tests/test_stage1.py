@@ -100,6 +100,14 @@ def test_perceptual_distance_of_the_encoder(toy):
     assert gap(distance(a, b), want) < 1e-5
 
 
+def test_perceptual_distances_are_float32_under_autocast(toy):
+    distance = T.PerceptualLoss(T.ViTFeatures(toy.encoder))
+    a, b = torch.rand(2, 4, 3, 32, 32)
+    exact = distance(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(distance(a, b), exact)
+
+
 def test_features_are_the_blocks_of_the_paper():
     """DINO-S/8 at 224 px: 784 tokens of the last block, then of 2, 5, 8, 11, not normed."""
     import timm
@@ -159,6 +167,26 @@ def test_discriminator_norms():
         y = norm(F.conv1d(around, head.mix[0].weight, head.mix[0].bias), head.mix[1])
         want = F.conv1d((x + y) / 2**0.5, head.last.weight, head.last.bias)
     assert gap(want[:, 0], whole[:, :16]) < 1e-5
+
+
+def test_discriminator_norms_are_float32_under_autocast():
+    head = T.DiscriminatorHead(8).eval()
+    x = torch.randn(2, 30, 8)
+    dtypes = []
+    for layer in (head.first, head.mix):
+        layer[0].register_forward_hook(lambda module, x, y: dtypes.append(y.dtype))
+        layer[1].register_forward_hook(lambda module, x, y: dtypes.append(y.dtype))
+    exact = head(x)
+    dtypes.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = head(x).float()
+    assert dtypes == [torch.bfloat16, torch.float32] * 2
+    assert 0 < gap(low, exact) < 0.1 * exact.abs().max()
+
+
+def test_vgg_comes_without_its_classifier(vgg_file):
+    vgg = T.VGGFeatures(vgg_file)
+    assert sum(p.numel() for p in vgg.parameters()) == 14_714_688  # its 13 convolutions
 
 
 def test_two_batches_in_one_call_are_two_calls():
@@ -303,6 +331,22 @@ def test_both_precisions_train(run, precision):
     log = [x for x in log_of("out/decoder") if "l1" in x]
     assert log[-1]["l1"] < 0.7 * log[0]["l1"]
     assert log[-1]["skipped"] == 0
+
+
+@pytest.mark.parametrize("script", ["train_decoder.py", "train_diffusion.py"])
+def test_the_encoder_runs_outside_autocast(run, monkeypatch, script):
+    """In training as in the pass that makes the statistics: the latents are the same."""
+    forward = R.Encoder.forward
+    seen = []
+
+    def noting(self, images):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, images)
+
+    monkeypatch.setattr(R.Encoder, "forward", noting)
+    run(script, "--precision bf16")
+    assert len(seen) >= 4
+    assert not any(seen)
 
 
 def test_upsampling_decoder_trains(run):
