@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Table 13: (width, depth, num_heads). The published heads are two blocks of the width of G.
+# Table 13: (width, depth, num_heads). The published heads have the width of G: (2048, 2, 16).
 SIZES = {
     "S": (384, 12, 6),
     "B": (768, 12, 12),
@@ -252,8 +252,7 @@ class DiTDH(nn.Module):
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
 
-        # Gates of zero close every branch, and a last layer of zero predicts the velocity's mean,
-        # 0.
+        # Gates of zero close every branch. A last layer of zero predicts the velocity's mean, 0.
         zeroed = [layer.adaLN_modulation[1] for layer in [*self.blocks, self.final_layer]]
         for linear in [*zeroed, self.final_layer.linear]:
             nn.init.zeros_(linear.weight)
@@ -322,7 +321,7 @@ def draw_time(u, dist="logit-normal"):
     """Training times (B,) before the shift, from uniform numbers u (B,).
 
     "logit-normal", the sigmoid of a standard normal, is the later release's, "uniform" the first's.
-    Both end at 0.999, as released.
+    Both end at 0.999, as released; sampling, which begins at 1, has hardly to extrapolate.
     """
     if dist == "uniform":
         return 0.999 * u

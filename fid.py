@@ -16,7 +16,7 @@ hand: without them, the error says from where.
 
 From top to bottom: the network (which may be skipped), its input, the images, the scores, the two
 sides, and the script. The features of all images are kept in memory, since they are small: 50,000 x
-2,048 of them are 0.4 GB. So each score is a plain function of arrays.
+2,048 of them are 0.4 GB in each process. So each score is a plain function of arrays.
 """
 
 import argparse
@@ -326,8 +326,9 @@ def prepare(images, mode):
 
 @contextmanager
 def float32_only(device):
-    """Compute without gradients in float32: neither the TF32 that cuDNN prefers on GPUs for
-    convolutions, nor a caller's autocast.
+    """Compute without gradients in float32, not under a caller's autocast.
+
+    Convolutions, nearly all that the networks here have, do not use cuDNN's preferred TF32 either.
     """
     no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     no_autocast = torch.autocast(torch.device(device).type, enabled=False)
@@ -339,9 +340,9 @@ def load_inception(path, device, mode="adm"):
     """(network, extract, label) of the published weights file.
 
     extract(images) is a function that returns pool3 (B, 2048) and spatial (B, 2023) of images as
-    `prepare` takes them. The network itself is needed for its logits. The label says what features
-    these are, and only features of equal labels may be compared. Without a path the file is looked
-    for where the package pytorch-fid puts it.
+    `prepare` takes them. The network itself is needed for its logits. The label, such as "adm,
+    inception 6726825d", says what features these are: only those of equal labels may be compared.
+    Without a path the file is looked for where the package pytorch-fid puts it.
     """
     path = Path(path or f"{torch.hub.get_dir()}/checkpoints/pt_{WEIGHTS}")
     if not path.is_file():
@@ -394,8 +395,8 @@ class Images:
     """The first `num` images (0 for all) of a folder, an .npz, or the toy's validation images.
 
     A folder is read with its subfolders, in the order of names. crop is the side of ADM's
-    centre crop, or None for the images as they are. `size` is that of the first 64, to read all of
-    which would take long: "256" where they are square, else such as "40x32", or "mixed".
+    centre crop, or None for the images as they are. `size` is "256" where they are square, else
+    such as "40x32", or "mixed". It is that of the first 64 images: to read all would take long.
     """
 
     def __init__(self, source, crop=None, num=0):
@@ -459,8 +460,8 @@ def map_images(path):
     """The images arr_0 (N, H, W, 3) uint8 of an .npz, mapped into memory where that is possible.
 
     An .npz is a zip file of arrays. np.savez stores them as they are, so that an array can be
-    mapped: each process then reads only its share of the images. One of np.savez_compressed is read
-    whole.
+    mapped: each process then reads only its share of the images. Others, such as those of
+    np.savez_compressed, are read whole.
     """
     read_npz(path, [])  # raises if this is no .npz
     try:
@@ -468,16 +469,16 @@ def map_images(path):
             entry = archive.getinfo("arr_0.npy")
             with archive.open(entry) as f:
                 np.lib.format.read_magic(f)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+                shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(f)
                 header_size = f.tell()
     except (KeyError, ValueError):  # no such array, or not one of numbers
-        shape, dtype = (), None
+        raise ValueError(f"{path}: wants images, an arr_0 of uint8 (N, H, W, 3)") from None
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
         raise ValueError(f"{path}: wants images, an arr_0 of uint8 (N, H, W, 3)")
-    if entry.compress_type != zipfile.ZIP_STORED:
+    if fortran_order or entry.compress_type != zipfile.ZIP_STORED:
         return read_npz(path, ["arr_0"])["arr_0"]
-    # Before the array stands the zip's header of this entry: 30 bytes and two names, whose lengths
-    # are in its last four bytes.
+    # Before the array stands the zip's header of this entry: 30 bytes, of which the last four say
+    # how long the two fields behind them are.
     with open(path, "rb") as f:
         f.seek(entry.header_offset + 26)
         length, extra_length = struct.unpack("<HH", f.read(4))
@@ -610,9 +611,9 @@ def precision_recall(samples, references, device="cpu"):
 def extract_features(images, extract, batch_size, device, with_spatial=False):
     """The features of all images, in their order: pool3 (n, D), and spatial (n, 2023) or None.
 
-    The processes take batches in turn; in the end process 0 has the features of all. A batch holds
-    the same images for any number of processes: an image's features depend on the others in its
-    batch by their rounding, and so are the same to the bit.
+    The processes take batches in turn; in the end process 0 has the features of all. Rounding
+    depends on which images share a batch. The batches are the same for any number of processes, and
+    so are the features, to the bit.
     """
     # One image tells the number of features, also to a process that gets no batch.
     pool3, spatial = extract(images.batch(0, 1, device))
@@ -700,17 +701,20 @@ class Side:
     def check_label(self, label):
         """ValueError if the file's statistics are of other features than those with this label.
 
-        Files of others, such as ADM's, do not say. They are taken for Inception's.
+        Files of ADM or of the package pytorch-fid do not say. They are taken for Inception's, in
+        the mode of this call.
         """
         if not self.statistics:
             return
-        theirs = self.label or "Inception, as the file says nothing else"
-        if self.label != label and (self.label or "inception" not in label):
+        theirs = self.label
+        if not self.label and "inception" in label:
+            warn(f"{self.source} does not say of what features its numbers are; taken for {label}")
+            theirs = label
+        if theirs != label:
+            theirs = theirs or "Inception, as it does not say"
             raise ValueError(
                 f"{self.source}: statistics of ({theirs}), not of ({label}); make new ones"
             )
-        if not self.label:
-            warn(f"{self.source} does not say of what features its numbers are; taken for {label}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -757,12 +761,13 @@ def main():
 
     # What is computed, and in which features: Inception's, but for the toy, whose own encoder needs
     # no download. A file of statistics gets all that it can hold.
+    metrics = args.metrics.split(",")
     features = args.features
-    if features is None and args.reference == "toy" and not args.weights and not args.save:
+    for_the_toy = args.reference == "toy" and metrics == ["fid"] and not args.save
+    if features is None and for_the_toy and not args.weights:
         features = "encoder:toy"
     elif features is None:
         features = "inception"
-    metrics = args.metrics.split(",")
     if args.save:
         metrics = ["fid", "sfid"] if features == "inception" else ["fid"]
     if not METRICS.keys() >= set(metrics):
@@ -776,6 +781,8 @@ def main():
         )
     if args.save and not args.save.endswith(".npz"):
         raise ValueError(f"--save {args.save}: wants a name that ends in .npz")
+    if args.save:
+        Path(args.save).parent.mkdir(parents=True, exist_ok=True)
 
     # Processes: gloo, since they only exchange features that are on the CPU
     device = args.device
@@ -791,7 +798,8 @@ def main():
     if not args.save:
         comparing = [metric for metric in metrics if metric != "is"]
         reference = Side(args.reference, comparing, args.crop, args.num)
-        sides.append(reference)
+        if comparing:
+            sides.append(reference)
         if samples.images is not None and samples.images.has_jpeg():
             warn(f"{args.samples} holds JPEG images; their losses alone raise FID by points")
     sizes = sorted({side.size for side in sides} - {"?"})
@@ -810,7 +818,8 @@ def main():
         network = None
         extract, label = load_encoder(features.removeprefix("encoder:"), int(sizes[0]), device)
 
-    # Features and their statistics. Which label these have is known only now.
+    # Features and their statistics. The label of the features is known only with the network; even
+    # two files of statistics are compared only if they have it.
     for side in sides:
         side.check_label(label)
     num_seen = 0

@@ -88,9 +88,9 @@ def open_image(path):
 def list_images(folder, above=()):
     """The images below a folder as paths relative to it, folder by folder in the order of names.
 
-    Links to folders are followed; ValueError if one leads back to a folder that it lies in, of
-    which `above` are the real paths. Names that begin with a dot are skipped, and so is __MACOSX,
-    which zip files from a Mac hold.
+    Links to folders are followed; ValueError if one leads back to a folder that it lies in: `above`
+    are the real paths of those that this one was reached through. Names that begin with a dot are
+    skipped, and so is __MACOSX, which zip files from a Mac hold.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -325,8 +325,8 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
     """An Encoder for images of image_size x image_size pixels.
 
     name is one of ENCODERS, "timm:MODEL", "toy", or a file written by assets/pretrain_encoder.py.
-    weights is a local file in timm's names, read instead of a download; flag is its command-line
-    flag.
+    weights is a local file in timm's names, read instead of a download (the last two hold their
+    own); flag is its command-line flag.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -617,9 +617,10 @@ def whole_file(path):
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
         temporary.unlink(missing_ok=True)
+        reason = str(error).split("\n")[0]
         raise ValueError(
-            f"{path}: cannot be saved ({str(error).splitlines()[0]}); what was there before "
-            "is kept: make room, and the same command goes on"
+            f"{path}: cannot be saved ({reason}); what was there before is kept: make room, and "
+            "the same command goes on"
         ) from None
     os.replace(temporary, path)
 
@@ -779,8 +780,8 @@ def set_precision(name, device):
     """Say how to compute; returns what "auto" stands for on this device, or the name itself.
 
     fp32    float32 throughout
-    tf32    float32, but on GPUs with factors of 10 bits in matrix products: the released
-            sampler's choice
+    tf32    float32, but on GPUs matrix products round their factors to 10 bits of mantissa:
+            the released sampler's choice
     bf16    tf32, and besides the caller runs the model under autocast: its matrix products are
             in bfloat16, while weights, norms, residual streams and losses stay float32
     auto    bf16 on GPUs that compute in it, else fp32
@@ -798,7 +799,7 @@ def set_precision(name, device):
 def cast_matrices(network):
     """Store a frozen network's matrices in bfloat16, for use under autocast alone.
 
-    Autocast would cast them so at every call: it remembers only the copies of trained weights.
+    Autocast would cast them at every call: it keeps the copies only of weights that are trained.
     """
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -806,8 +807,9 @@ def cast_matrices(network):
 
 
 # Every random draw is a function of its place in the run:
-#     in training, of (seed, step, row of the global batch)
-#     in sampling, of (seed, number of the sample)
+#     in training, of (seed, step, row of the global batch): crop, flip, noise and its sigma
+#     what is drawn for a whole batch at once, of (seed, step): t, dropped labels, augmentations
+#     in sampling, of (seed, number of the sample): noise
 #     the order of the images, of (seed, epoch)
 # So nothing random is stored and a resumed run is exact; one process and eight draw the same; and a
 # sample does not depend on the batch that it is drawn in. It costs a generator per image.
@@ -895,7 +897,7 @@ def open_log(out, step):
     if out.exists() and any(out.iterdir()) and not path.exists():
         raise ValueError(f"{out}: not empty, and not a run of ours; pass another --out")
     out.mkdir(parents=True, exist_ok=True)
-    log = open(path, "a+")
+    log = open(path, "a+", newline="\n")
     try:
         # lockf and not flock: a DataLoader's workers would inherit the latter, and hold it for
         # seconds after the process itself was killed.

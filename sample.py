@@ -13,9 +13,9 @@ frozen autoencoder decodes the latent. --out says what is written:
     NAME.png    a sheet of the first 100, with NAME.npz beside it
     NAME        a folder of PNGs
 
-Everything is written as soon as it is drawn, and the same command goes on where it was stopped.
-Image number i begins with noise that follows from (seed, i) alone, so that it is the same in any
-batch and process, up to the rounding of a batch of another size.
+Everything is written as soon as it is drawn, and the same command goes on where it was stopped. The
+noise that image number i begins with follows from (seed, i) alone, so that the image is the same
+whatever the process, and, but for rounding, the batch that it is drawn in.
 """
 
 import argparse
@@ -151,7 +151,9 @@ def get_args():
     p.add_argument("--batch-size", type=positive_int, help="images at once, in each process")
     p.add_argument("--out", default="out/samples.png", help="NAME.png, NAME.npz or a folder")
 
-    # The first look finds the preset, whose values become the defaults of the second.
+    # The first look finds the preset, whose values become the defaults of the second: argparse
+    # reads those that are text by the flag's type. (--help ends in the first look and shows the
+    # toy's.)
     p.set_defaults(**PRESETS["toy"])
     p.set_defaults(**PRESETS[p.parse_args().preset])
     return p.parse_args()
@@ -214,29 +216,30 @@ def generate(rae, model, labels, timesteps, seed, autocast=nullcontext(), first=
 
 
 # ---------------------------------------------------------------------------------------------
-# What is written. Batches go to a folder: --out itself as PNGs, or NAME.parts as arrays, which at
-# the end become one .npz. A file that is there is whole, and so tells what need not be drawn again.
+# What is written. Batches go to a folder: --out itself as PNGs, or NAME.parts as an array each,
+# which at the end become one .npz. All is written by rae.whole_file, under another name until it is
+# whole: a file that is there need not be drawn again. The record, JSON, says what the images are.
 
 
 def claim_folder(folder, record):
-    """Make the folder of these samples, with their record; ValueError if it holds others.
+    """Make the folder of these images, with their record; ValueError if it holds others.
 
-    fid.py would take samples of two settings in one folder for one set.
+    fid.py would take images of two settings in one folder for one set.
     """
     path = folder / "record.json"
-    if folder.exists() and any(folder.iterdir()):
-        if not path.exists() or path.read_text() != record:
-            raise ValueError(
-                f"{folder}: not empty, and its images would mix with others; delete it, or pass "
-                "another --out"
-            )
+    there = [file for file in folder.glob("*") if file.suffix != ".tmp"]
+    if there and (not path.exists() or path.read_text() != record):
+        raise ValueError(
+            f"{folder}: not empty, and its images would mix with others; delete it, or pass "
+            "another --out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as f:
         f.write(record.encode())
 
 
 def batch_files(folder, rows, as_pngs):
-    """The files that hold the images with these numbers, a range."""
+    """The files of the batch of images with these numbers, a range: many PNGs, or one array."""
     if as_pngs:
         return [folder / f"{i:06d}.png" for i in rows]
     return [folder / f"{rows.start:08d}.npy"]
@@ -251,6 +254,17 @@ def write_batch(files, images):
     for path, image in zip(files, images):
         with whole_file(path) as f:
             Image.fromarray(image).save(f, "PNG")
+
+
+def holds(path, record):
+    """Whether the .npz `path` is there, and holds the images of this record."""
+    if not path.exists():
+        return False
+    try:
+        with np.load(path) as file:
+            return "record" in file.files and str(file["record"]) == record
+    except Exception:  # numpy raises half a dozen kinds for other files
+        return False
 
 
 def pack_npz(parts, num, out, record):
@@ -352,50 +366,60 @@ def main():
     timesteps = time_grid(args.steps, alpha, args.t_last)
     print0(f"{args.ckpt}: {args.num} images, {args.steps} steps, alpha {alpha:.3f}, {guided}")
 
-    # The record: all that makes the images what they are, with hashes instead of files' names.
-    record = vars(args) | {
-        "alpha": alpha,
-        "precision": precision,
+    # The record: all that the images follow from. Networks are known by their weights.
+    record = {
         "weights": hash_tensors(model.state_dict()),
         "guide_weights": hash_tensors(guide.state_dict()) if guide else None,
+        "decoder_weights": hash_tensors(rae.decoder.state_dict()),
         "latents": rae.fingerprint(),
+        "classes": classes,
+        "num": args.num,
+        "seed": args.seed,
+        "steps": args.steps,
+        "t_last": args.t_last,
+        "alpha": alpha,
+        "guidance": guided,
+        "interval": [float(t) for t in args.interval],
+        "precision": precision,
+        "batch_size": args.batch_size,
     }
-    for name in ("preset", "out", "device"):
-        del record[name]
     record = json.dumps(record)
 
-    # The folder that batches are written to.
+    # The folder that batches are written to; unless all was done by the same command before.
     out = Path(args.out)
+    npz = out.with_suffix(".npz")
     as_pngs = out.suffix not in (".png", ".npz")
     folder = out if as_pngs else out.with_suffix(".parts")
+    if not as_pngs and out.exists() and holds(npz, record):
+        print0(f"{out}: these images are there already")
+        return
     if rank == 0:
         claim_folder(folder, record)
     if ddp:
         dist.barrier()
 
-    # Draw what is not there yet. The processes take batches in turn.
+    # Draw what is not there yet. deal_batches gives each process batches of its own, in turn.
     model.to(device)
     if guide is not None:
         guide.to(device)
     if precision == "bf16":
         for network in (model, guide, rae.decoder):
             if network is not None:
-                cast_matrices(network)
+                cast_matrices(network)  # as autocast would, at every call
     todo = []
     for rows in deal_batches(args.num, args.batch_size):
         if not all(file.exists() for file in batch_files(folder, rows, as_pngs)):
             todo.append(rows)
     began = time.time()
     num_drawn = 0
-    for rows in tqdm(
-        todo, desc="batches", disable=rank > 0 or None
-    ):  # None: if there is a terminal
+    hidden = rank > 0 or None  # None: shown if there is a terminal
+    for rows in tqdm(todo, desc="batches", disable=hidden):
         some = labels[rows.start : rows.stop]
         images = generate(rae, model, some, timesteps, args.seed, autocast, rows.start, **guidance)
         images = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # (b, H, W, 3)
         write_batch(batch_files(folder, rows, as_pngs), images)
         num_drawn += len(rows)
-    speed = num_drawn / (time.time() - began)
+    seconds = time.time() - began
 
     # Once all processes are through, the first one makes a single file of the batches.
     if ddp:
@@ -403,12 +427,10 @@ def main():
         dist.destroy_process_group()  # only here: after an error it could wait for the others
     if rank > 0:
         return
-    if world_size > 1:
-        print(f"{speed:.2f} images/s in each of {world_size} processes")
-    else:
-        print(f"{speed:.2f} images/s")
+    if num_drawn > 0:
+        print(f"{world_size * num_drawn / seconds:.2f} images/s")
     if not as_pngs:
-        pack_npz(folder, args.num, out.with_suffix(".npz"), record)
+        pack_npz(folder, args.num, npz, record)
         if out.suffix == ".png":
             columns = len(classes) if 1 < len(classes) <= 10 else min(8, args.num)
             shown = min(args.num, 100)

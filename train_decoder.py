@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -118,9 +119,9 @@ PRESETS = {
     "imagenet256": IMAGENET,
     "imagenet512": IMAGENET | {"image_size": 512, "resize": 768, "micro_batch": 16},
 }
-# What may differ when a run is resumed. All other flags define the run. --micro-batch is one of
-# them: the GAN's weight is that of a micro-batch. (It is averaged over the processes, so that
-# their number, which is not compared, matters a little too.)
+# What may differ when a run is resumed. All other flags define the run; so does --micro-batch here,
+# since the GAN's weight is that of a micro-batch. (It is averaged over the processes, so that their
+# number, which is not compared, matters a little too.)
 MAY_CHANGE = {
     "preset",
     "out",
@@ -147,10 +148,11 @@ LPIPS_MD5 = "d507d7349b931f0638a25a48a722f98a"
 
 
 class ViTFeatures(nn.Module):
-    """Images in [0, 1] -> five (B, N, C): a frozen ViT's tokens after its last block and quarters.
+    """Images in [0, 1] -> five (B, N, C): tokens within a frozen ViT, as features.
 
-    For DINO-S/8 these are blocks 11, 2, 5, 8, 11, of 784 tokens each (appendix C): the last one
-    twice, as released. There is no final norm, and no CLS token.
+    They are those after the last block, and those after each quarter of the blocks. For DINO-S/8
+    these are blocks 11, 2, 5, 8, 11, of 784 tokens each (appendix C): the last one twice, as
+    released. There is no final norm, and no CLS token.
     """
 
     def __init__(self, encoder):
@@ -292,9 +294,9 @@ class Discriminator(nn.Module):
 
     forward takes any number of batches, each a list of (B, N, C) as ViTFeatures gives it, and
     returns their logits (B, layers N) in a list. In train() mode every batch begins with one power
-    iteration of the spectral norms. Fake and real images go through one call, since
-    DistributedDataParallel wants one forward pass before a backward pass: at each it overwrites
-    the spectral norms' buffers.
+    iteration of the spectral norms. Fake and real images go through one call: at the beginning of
+    each, DistributedDataParallel overwrites the spectral norms' buffers, and a second one would
+    spoil the first one's backward pass.
     """
 
     def __init__(self, width, num_layers):
@@ -554,7 +556,9 @@ def get_args():
         "--keep-every", type=int, default=0, help="steps between kept EMA weights, 0: none"
     )
 
-    # The first look finds the preset, whose values become the defaults of the second.
+    # The first look finds the preset, whose values become the defaults of the second: argparse
+    # reads those that are text by the flag's type. (--help ends in the first look and shows the
+    # toy's.)
     p.set_defaults(**TOY)
     p.set_defaults(**PRESETS[p.parse_args().preset])
     args = p.parse_args()
@@ -583,8 +587,10 @@ def main():
     if ddp and args.device == "mps":
         raise ValueError("--device mps: a Mac's GPU takes one process; run without torchrun")
     if ddp:
-        # Tensors on GPUs go by NCCL, those on CPUs by gloo.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+        # Tensors on GPUs go by NCCL, those on CPUs by gloo. The others wait while the first process
+        # saves, which can take minutes.
+        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
     rank, world_size = rank_and_world_size()
     device = torch.device(args.device)
     if args.device == "cuda":
@@ -600,7 +606,8 @@ def main():
             dist.destroy_process_group()
         return
 
-    # The images and the frozen encoder. Without --val-data a folder is evaluated on itself.
+    # The images and the frozen encoder. Only training sees random crops (--resize); statistics and
+    # evaluations are of centre crops. Without --val-data a folder is evaluated on itself.
     data = open_data(args.data, args.image_size, short_side=args.resize)
     val_data = data
     if args.val_data or args.data == "toy":
@@ -706,7 +713,7 @@ def main():
         d_optimizer.load_state_dict(checkpoint["d_optimizer"])
         sums.copy_(checkpoint["sums"])
     resumed = checkpoint is not None
-    del checkpoint
+    del checkpoint, stats
 
     # What load_rae in rae.py needs to know of a decoder.
     about = {
@@ -751,8 +758,10 @@ def main():
     logged_step = first_step
     logged_time = time.time()
 
-    # One more turn than steps, so that the final state is saved, logged and evaluated too. A
-    # resumed run begins with what was due after its checkpoint: a kill may have come between.
+    # A turn of the loop saves, logs and evaluates the state after `step` steps, each if it is due,
+    # and then takes one more step. The last turn takes none. A resumed run begins in the middle of
+    # its first turn, after the save: what was due then is logged and evaluated again, since a kill
+    # may have come between.
     for step in range(first_step, args.steps + 1):
         last = step == args.steps
 
@@ -816,11 +825,12 @@ def main():
         images, _ = next(stream)
         images = images.to(device, non_blocking=True).float() / 255  # (b, 3, H, W)
 
-        # Uniform numbers for DiffAug, whose key is the number that no row has: (b, 5) each for
-        # what the decoder draws, for the real images and for the fake ones.
+        # Uniform numbers for DiffAug, (b, 5) each: for the reconstructions in the decoder's turn,
+        # and for real images and reconstructions in the discriminator's. Rows are numbered below
+        # global_batch_size, so that this number is free as the key.
         g = keyed_generator(device, args.seed, step, args.global_batch_size)
         u = torch.rand(args.global_batch_size, 3, 5, generator=g, device=device)
-        u_drawn, u_real, u_fake = u[batches.rows.start : batches.rows.stop].unbind(1)
+        u_decoder, u_real, u_fake = u[batches.rows.start : batches.rows.stop].unbind(1)
 
         # The decoder's turn, micro_batch images at a time. The discriminator only judges: it stays
         # in eval mode, without power iterations, and gets no gradients.
@@ -848,13 +858,15 @@ def main():
                 rec_loss = l1 + args.perceptual * perceptual
 
                 # The GAN loss, and its weight: lambda of the micro-batch, averaged over the
-                # processes. The two gradients stop at the last layer; they walk back through the
-                # frozen networks, as backward() does once more.
+                # processes. The two gradients go back through the frozen networks to the last
+                # layer alone; backward() then goes all the way.
                 gan = torch.zeros((), device=device)
                 gan_weight = torch.zeros((), device=device)
                 if args.gan > 0 and step >= start_gan:
                     with autocast:
-                        (logits,) = discriminator(features(augment(reconstruction, u_drawn[part])))
+                        (logits,) = discriminator(
+                            features(augment(reconstruction, u_decoder[part]))
+                        )
                     gan = generator_loss(logits)
                     (g_rec,) = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)
                     (g_gan,) = torch.autograd.grad(gan, last_layer, retain_graph=True)

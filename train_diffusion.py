@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,7 @@ MAY_CHANGE = {
     "keep_every",
 }
 NUM_BINS = 5  # the log has the loss by bins of t
+PREVIEW_BATCH = 64  # images drawn at once: without gradients they take less than training does
 
 
 def backbone_size(text):
@@ -201,7 +203,9 @@ def get_args():
         "--keep-every", type=int, default=0, help="steps between kept EMA weights, 0: none"
     )
 
-    # The first look finds the preset, whose values become the defaults of the second.
+    # The first look finds the preset, whose values become the defaults of the second: argparse
+    # reads those that are text by the flag's type. (--help ends in the first look and shows the
+    # toy's.)
     p.set_defaults(**TOY)
     p.set_defaults(**PRESETS[p.parse_args().preset])
     return p.parse_args()
@@ -216,8 +220,8 @@ def learning_rate(step, args):
 def draw_time_and_drop(args, step, rows, device):
     """t (b,) before the shift, and whether the label is dropped (b,), of rows of the global batch.
 
-    They come from one generator for all rows; see keyed_rng in rae.py. Its key is (seed, step, the
-    number that no row has).
+    They come from one generator for all rows; see keyed_rng in rae.py. Rows are numbered below
+    global_batch_size, so that this number is free as its key.
     """
     g = keyed_generator(device, args.seed, step, args.global_batch_size)
     u = torch.rand(args.global_batch_size, 2, generator=g, device=device)  # (global batch, 2)
@@ -226,7 +230,10 @@ def draw_time_and_drop(args, step, rows, device):
 
 
 def start_from(model, name):
-    """Copy another model's weights. Where it has other classes the label table stays as it is."""
+    """Copy another model's averaged weights.
+
+    Where it has other classes the label table stays as it is.
+    """
     other, _ = load_model(name)
     state = other.state_dict()
     if other.num_classes != model.num_classes:
@@ -260,8 +267,10 @@ def main():
     if ddp and args.device == "mps":
         raise ValueError("--device mps: a Mac's GPU takes one process; run without torchrun")
     if ddp:
-        # Tensors on GPUs go by NCCL, those on CPUs by gloo.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+        # Tensors on GPUs go by NCCL, those on CPUs by gloo. The others wait while the first process
+        # saves, which can take minutes.
+        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
     rank, world_size = rank_and_world_size()
     device = torch.device(args.device)
     if args.device == "cuda":
@@ -296,8 +305,8 @@ def main():
     model.checkpoint_activations = args.checkpoint_activations
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if args.compile:
-        # Block by block: backbone and head have one shape of block each, so that two are compiled
-        # instead of thirty. In place, so that parameters keep their names.
+        # One by one: model.blocks has those of the backbone and of the head, two shapes, so that
+        # two blocks are compiled instead of thirty. In place, so that parameters keep their names.
         for block in model.blocks:
             block.compile(dynamic=False)
     ddp_model = model
@@ -336,8 +345,9 @@ def main():
     elif args.init:
         start_from(model, args.init)
         ema.load_state_dict(model.state_dict())
-    # All processes must have read the same checkpoint: their mean step is everyone's.
-    if all_reduce_mean(torch.tensor(float(first_step), device=device)).item() != first_step:
+    # All processes must have found the same file: the mean of what they found is everyone's.
+    found = torch.tensor([first_step, resumed], dtype=torch.float64)
+    if not torch.equal(all_reduce_mean(found.clone()), found):
         raise ValueError(f"{out}: not the same on all nodes; put --out where all of them see it")
     if rank == 0:
         log = open_log(out, first_step)
@@ -356,7 +366,6 @@ def main():
         classes = [model.num_classes]  # the null label is all that this model knows
     preview_labels = balanced_labels(classes, 8 * len(classes))
     timesteps = time_grid(25, alpha)
-    preview_batch = min(micro_batch, 64)  # images at once: what training holds is enough
 
     # The images of all steps that are left, read ahead by workers.
     loader = torch.utils.data.DataLoader(
@@ -385,8 +394,10 @@ def main():
     logged_step = first_step
     logged_time = time.time()
 
-    # One more turn than steps, so that the final state is saved, logged and drawn too. A resumed
-    # run begins with what was due after its checkpoint: a kill may have come between.
+    # A turn of the loop saves, logs and draws the state after `step` steps, each if it is due, and
+    # then takes one more step. The last turn takes none. A resumed run begins in the middle of its
+    # first turn, after the save: what was due then is logged and drawn again, since a kill may
+    # have come between.
     for step in range(first_step, args.steps + 1):
         last = step == args.steps
 
@@ -440,8 +451,8 @@ def main():
         # Draw samples of the averaged weights.
         if rank == 0 and step > 0 and (step % args.sample_every == 0 or last):
             pictures = []
-            for start in range(0, len(preview_labels), preview_batch):
-                some = preview_labels[start : start + preview_batch]
+            for start in range(0, len(preview_labels), PREVIEW_BATCH):
+                some = preview_labels[start : start + PREVIEW_BATCH]
                 drawn = generate(
                     rae, ema, some, timesteps, args.seed, autocast, start, cfg_scale=args.cfg_scale
                 )

@@ -514,7 +514,10 @@ def test_mistakes(run, sides, inception_file, tmp_path):
             f"a b.npz {weights} --mode pytorch-fid",
             r"b.npz: statistics of \(adm, .*\), not of \(pytorch-fid",
         ),
-        ("a unlabelled.npz --features encoder:toy", r"statistics of \(Inception, as the file says"),
+        (
+            "a unlabelled.npz --features encoder:toy",
+            r"statistics of \(Inception, as it does not say",
+        ),
         (f"unlabelled.npz {weights} --save c.npz", "unlabelled.npz: wants images"),
         (f"a {weights} --save c", "--save c: wants a name that ends in .npz"),
         (f"big b.npz {weights}", "big and b.npz have 32 and 48 px; pass --crop"),

@@ -72,6 +72,7 @@ def test_the_table_names_what_is_there():
             assert f" {name}" in readme
 
 
+@pytest.mark.slow
 def test_exercises_fail_and_pass_again(tmp_path):
     copy = tmp_path / "copy"
     done = handout(copy)

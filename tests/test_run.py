@@ -16,6 +16,7 @@ from conftest import ROOT, TINY
 from PIL import Image
 from test_rae import save_images
 
+import dit_dh
 import rae
 
 DIFFUSION = "out/diffusion/checkpoint.pt"
@@ -193,7 +194,9 @@ def test_every_flag_runs(run, photos, tmp_path, monkeypatch):
 
     from fid import InceptionV3
 
-    for size in ("L", "XL"):
+    # One block is enough of the large ones.
+    monkeypatch.setitem(dit_dh.SIZES, "S", (384, 1, 6))
+    for size in ("B", "L", "XL"):
         width, _, num_heads, mlp_dim = rae.DECODERS[size]
         monkeypatch.setitem(rae.DECODERS, size, (width, 1, num_heads, mlp_dim))
     save_images(tmp_path / "photos_fid", 4, size=(24, 24))
@@ -395,6 +398,9 @@ def test_sampling_goes_on_where_it_was_stopped(run, monkeypatch, out):
     assert drawn == [3, 3, 3, 3] + [3, 3, 3, 2]
     assert pictures() == whole
     assert os.path.exists("s.png") == (out == "s.png")
+    said = run("sample.py", flags, tiny=False)
+    assert len(drawn) == 8, "the same command once more draws nothing"
+    assert (f"{out}: these images are there already" in said) == (out != "s")
 
 
 @pytest.mark.slow

@@ -407,6 +407,7 @@ def test_a_nonfinite_loss_is_skipped_and_five_end_the_run(run, monkeypatch):
     assert not last, "no line is due in so few steps"
 
 
+@pytest.mark.slow
 def test_published_critics_run(run, vgg_file, tmp_path):
     """LPIPS and DINO-S/8 with random weights, in the published names; --eval-only agrees."""
     import timm
