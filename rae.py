@@ -562,7 +562,7 @@ def latent_statistics(encoder, data, batch_size, device, workers=0):
     hidden = rank_and_world_size()[0] > 0 or None  # None: shown if there is a terminal
     for images in tqdm(images_ahead, "latent statistics", len(batches), disable=hidden):
         for view in (images, images.flip(-1)):
-            tokens = encoder(view).to(exact, torch.float64)  # (B, N, C)
+            tokens = encoder(view).to(exact).double()  # (B, N, C)
             total += tokens.sum(0)
             total_square += tokens.square().sum(0)
 

@@ -99,6 +99,31 @@ def test_readme_commands(run, photos):
     assert np.load("out/samples.npz")["arr_0"].shape == (20, 32, 32, 3)
 
 
+def test_presets_have_the_papers_epochs():
+    """1,281,167 images are 1,251 steps of 1,024 and 2,502 of 512, incomplete batches dropped."""
+    import train_decoder
+    import train_diffusion
+
+    for name in ("imagenet256", "imagenet512"):
+        preset = train_diffusion.PRESETS[name]
+        assert preset["global_batch_size"] == 1024
+        assert preset["steps"] == 800 * 1251
+        assert preset["hold"] == 40 * 1251
+        preset = train_decoder.PRESETS[name]
+        assert preset["global_batch_size"] == 512
+        assert preset["steps"] == 16 * 2502
+        assert preset["warmup"] == 2502
+
+
+def test_readme_names_tests_that_are_there():
+    named = set(re.findall(r"\btest_\w+", (ROOT / "README.md").read_text()))
+    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    there = set(re.findall(r"def (test_\w+)", sources))
+    there |= {path.stem for path in (ROOT / "tests").glob("*.py")}
+    assert len(named) > 30
+    assert named <= there
+
+
 def test_readme_says_how_long_the_files_are_and_holds_the_claims():
     """The map of the six files, and the table of assets/claims.py."""
     readme = (ROOT / "README.md").read_text()
