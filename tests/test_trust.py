@@ -705,6 +705,9 @@ def test_the_presets_fit_and_the_readme_says_what_does():
         assert 40 < row["gb"] < 75, "of 80"
     assert len(result["presets"]) == 4
     readme = (ROOT / "README.md").read_text()
+    for row in result["presets"]:
+        images = row["images"].removeprefix("1 x ")
+        assert f"| {images} | {row['gb']:.0f} | {row['tflop']:.0f} |" in readme
     for row in result["fits"]:
         flag = ", `--checkpoint-activations`" if row["checkpointed"] else ""
         name = "decoder ViT-XL" if row["size"] == "decoder" else f"DiT^DH-{row['size']}"
