@@ -328,7 +328,7 @@ def prepare(images, mode):
 def float32_only(device):
     """Compute without gradients in float32, not under a caller's autocast.
 
-    Convolutions, nearly all that the networks here have, do not use cuDNN's preferred TF32 either.
+    Convolutions, of which Inception consists, do without the TF32 that cuDNN prefers on GPUs.
     """
     no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     no_autocast = torch.autocast(torch.device(device).type, enabled=False)
@@ -760,7 +760,7 @@ def main():
     args = get_args()
 
     # What is computed, and in which features: Inception's, but for the toy, whose own encoder needs
-    # no download. A file of statistics gets all that it can hold.
+    # no download. With --save it is all that a file of statistics can hold.
     metrics = args.metrics.split(",")
     features = args.features
     for_the_toy = args.reference == "toy" and metrics == ["fid"] and not args.save
@@ -818,8 +818,8 @@ def main():
         network = None
         extract, label = load_encoder(features.removeprefix("encoder:"), int(sizes[0]), device)
 
-    # Features and their statistics. The label of the features is known only with the network; even
-    # two files of statistics are compared only if they have it.
+    # Features and their statistics. Their label has a hash of the network's weights: that is why
+    # even two files of statistics are compared only with the weights at hand.
     for side in sides:
         side.check_label(label)
     num_seen = 0

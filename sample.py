@@ -151,9 +151,8 @@ def get_args():
     p.add_argument("--batch-size", type=positive_int, help="images at once, in each process")
     p.add_argument("--out", default="out/samples.png", help="NAME.png, NAME.npz or a folder")
 
-    # The first look finds the preset, whose values become the defaults of the second: argparse
-    # reads those that are text by the flag's type. (--help ends in the first look and shows the
-    # toy's.)
+    # Parsed twice: once for --preset, then with the preset's values as the flags' defaults.
+    # (argparse reads defaults that are text by the flag's type. --help shows the toy's.)
     p.set_defaults(**PRESETS["toy"])
     p.set_defaults(**PRESETS[p.parse_args().preset])
     return p.parse_args()
@@ -270,6 +269,12 @@ def holds(path, record):
 def pack_npz(parts, num, out, record):
     """Make one .npz of the arrays in the folder `parts`, as np.savez would, but one by one."""
     files = sorted(parts.glob("*.npy"))
+    num_there = sum(len(np.load(file, mmap_mode="r")) for file in files)
+    if num_there != num:
+        raise ValueError(
+            f"{parts}: holds {num_there} of {num} images; put --out where all processes see it, "
+            "and the same command goes on"
+        )
     image_shape = np.load(files[0], mmap_mode="r").shape[1:]
     header = {"descr": "|u1", "fortran_order": False, "shape": (num, *image_shape)}
     with whole_file(out) as f, zipfile.ZipFile(f, "w") as archive:
@@ -405,7 +410,7 @@ def main():
     if precision == "bf16":
         for network in (model, guide, rae.decoder):
             if network is not None:
-                cast_matrices(network)  # as autocast would, at every call
+                cast_matrices(network)  # once; autocast would do it at every call
     todo = []
     for rows in deal_batches(args.num, args.batch_size):
         if not all(file.exists() for file in batch_files(folder, rows, as_pngs)):

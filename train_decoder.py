@@ -556,9 +556,8 @@ def get_args():
         "--keep-every", type=int, default=0, help="steps between kept EMA weights, 0: none"
     )
 
-    # The first look finds the preset, whose values become the defaults of the second: argparse
-    # reads those that are text by the flag's type. (--help ends in the first look and shows the
-    # toy's.)
+    # Parsed twice: once for --preset, then with the preset's values as the flags' defaults.
+    # (argparse reads defaults that are text by the flag's type. --help shows the toy's.)
     p.set_defaults(**TOY)
     p.set_defaults(**PRESETS[p.parse_args().preset])
     args = p.parse_args()
@@ -642,7 +641,8 @@ def main():
         if stats.get("latents") != latents:
             stats = None
 
-    # All processes must have found the same files: the mean of what they found is everyone's.
+    # All processes must have found the same files. If so, the mean of what they found is what each
+    # of them found.
     found = torch.tensor([first_step, stats is not None], dtype=torch.float64)
     if not torch.equal(all_reduce_mean(found.clone()), found):
         raise ValueError(f"{out}: not the same on all nodes; put --out where all of them see it")
@@ -765,11 +765,13 @@ def main():
     for step in range(first_step, args.steps + 1):
         last = step == args.steps
 
-        # Save, but never while steps are being skipped: the state before may be the last good one.
+        # Save, but never while steps are being skipped: the weights may be what is wrong, and the
+        # checkpoint before the last good one.
         unsaved = step > first_step or not resumed  # at step 0 too: a full disk shows at once
         if unsaved and (step % args.save_every == 0 or last) and skipped_in_a_row == 0:
             # The checkpoint holds the processes' mean: from here on each of them goes on from
-            # that, as a resumed run will.
+            # that, as a resumed run will. (The mean of equal numbers changes nothing, so that they
+            # may be averaged again for the log.)
             all_reduce_mean(sums)
             if rank == 0:
                 checkpoint = {

@@ -203,9 +203,8 @@ def get_args():
         "--keep-every", type=int, default=0, help="steps between kept EMA weights, 0: none"
     )
 
-    # The first look finds the preset, whose values become the defaults of the second: argparse
-    # reads those that are text by the flag's type. (--help ends in the first look and shows the
-    # toy's.)
+    # Parsed twice: once for --preset, then with the preset's values as the flags' defaults.
+    # (argparse reads defaults that are text by the flag's type. --help shows the toy's.)
     p.set_defaults(**TOY)
     p.set_defaults(**PRESETS[p.parse_args().preset])
     return p.parse_args()
@@ -220,8 +219,8 @@ def learning_rate(step, args):
 def draw_time_and_drop(args, step, rows, device):
     """t (b,) before the shift, and whether the label is dropped (b,), of rows of the global batch.
 
-    They come from one generator for all rows; see keyed_rng in rae.py. Rows are numbered below
-    global_batch_size, so that this number is free as its key.
+    They come from one generator for all rows. Its key is (seed, step, global_batch_size), which is
+    no row's, since rows are numbered from 0; see keyed_rng in rae.py.
     """
     g = keyed_generator(device, args.seed, step, args.global_batch_size)
     u = torch.rand(args.global_batch_size, 2, generator=g, device=device)  # (global batch, 2)
@@ -345,7 +344,8 @@ def main():
     elif args.init:
         start_from(model, args.init)
         ema.load_state_dict(model.state_dict())
-    # All processes must have found the same file: the mean of what they found is everyone's.
+    # All processes must have found the same file. If so, the mean of what they found is what each
+    # of them found.
     found = torch.tensor([first_step, resumed], dtype=torch.float64)
     if not torch.equal(all_reduce_mean(found.clone()), found):
         raise ValueError(f"{out}: not the same on all nodes; put --out where all of them see it")
@@ -401,11 +401,13 @@ def main():
     for step in range(first_step, args.steps + 1):
         last = step == args.steps
 
-        # Save, but never while steps are being skipped: the state before may be the last good one.
+        # Save, but never while steps are being skipped: the weights may be what is wrong, and the
+        # checkpoint before the last good one.
         unsaved = step > first_step or not resumed  # at step 0 too: a full disk shows at once
         if unsaved and (step % args.save_every == 0 or last) and skipped_in_a_row == 0:
             # The checkpoint holds the processes' mean: from here on each of them goes on from
-            # that, as a resumed run will.
+            # that, as a resumed run will. (The mean of equal numbers changes nothing, so that they
+            # may be averaged again for the log.)
             all_reduce_mean(sums)
             if rank == 0:
                 checkpoint = {

@@ -18,6 +18,7 @@ from test_rae import save_images
 
 import dit_dh
 import rae
+import sample
 
 DIFFUSION = "out/diffusion/checkpoint.pt"
 
@@ -426,6 +427,14 @@ def test_sampling_goes_on_where_it_was_stopped(run, monkeypatch, out):
     said = run("sample.py", flags, tiny=False)
     assert len(drawn) == 8, "the same command once more draws nothing"
     assert (f"{out}: these images are there already" in said) == (out != "s")
+
+
+def test_no_file_is_made_of_a_part(tmp_path):
+    """As if another node's processes had written to a disk of their own."""
+    np.save(tmp_path / "00000000.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="holds 3 of 6 images; put --out where all processes see"):
+        sample.pack_npz(tmp_path, 6, tmp_path / "s.npz", "{}")
+    assert not (tmp_path / "s.npz").exists()
 
 
 @pytest.mark.slow
