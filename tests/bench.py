@@ -11,7 +11,8 @@ that fit and the hours of the paper's runs.
 
 What is measured: each case runs in a process of its own, so that its peak memory is its own (CUDA:
 allocated; CPU: resident, less what a process has after the imports). "share" is FLOPs a second over
-the machine's rate of matrix products, measured at the same precision.
+the machine's rate of matrix products, measured at the same precision. "host_reads" counts how often
+in a step the CPU would wait for a GPU.
 """
 
 import argparse
@@ -136,6 +137,23 @@ def flops(name, grid_size=None):
         with torch.no_grad(), Costs() as evaluation:
             model(z, t, y)
     return train.flops, evaluation.flops
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make the CPU wait for a GPU, or a GPU for the CPU: numbers that are read
+    from tensors, tensors made of Python's numbers, shapes that depend on numbers.
+    """
+
+    NAMES = ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "unique", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        self.count += name.startswith(self.NAMES)
+        return func(*args, **(kwargs or {}))
 
 
 def frozen(model, image_size):
@@ -372,7 +390,14 @@ def train(name, precision, compiled, device, seconds):
 
     best = fastest(step, device, seconds)
     held = (memory(device) - before) / 1e9
-    return {"batch": batch, "images_per_s": batch / best, "memory_gb": held}
+    with HostReads() as reads:
+        step()
+    return {
+        "batch": batch,
+        "images_per_s": batch / best,
+        "memory_gb": held,
+        "host_reads": reads.count,
+    }
 
 
 @torch.no_grad()

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bench import HostReads, diffusion_step
 from conftest import ROOT, TINY, gap
 from test_rae import save_images
 from test_run import every_checkpoint, load, load_run, log_of, same  # noqa: F401 (a fixture)
 from test_stage1 import first_gradients
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rae as R
 from dit_dh import DiTDH, flow_loss
@@ -589,23 +589,6 @@ def test_compiled_blocks_under_ddp_and_autocast(tmp_path, script, flags, graphs)
 # Waiting for the GPU
 
 
-class HostReads(TorchDispatchMode):
-    """Counts what would make the CPU wait for a GPU, or a GPU for the CPU: numbers that are read
-    from tensors, tensors made of Python's numbers, shapes that depend on numbers.
-    """
-
-    NAMES = ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "unique", "equal")
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        self.count += name.startswith(self.NAMES)
-        return func(*args, **(kwargs or {}))
-
-
 # A step of stage 2 reads one number, the gradient's norm. One of stage 1 reads two: the decoder
 # must have taken its step before the discriminator's turn begins.
 READS = [("train_diffusion.py", SMALL, 1), ("train_decoder.py", "--starts 0 0 0", 2)]
@@ -718,9 +701,6 @@ def test_the_presets_fit_and_the_readme_says_what_does():
 
 @pytest.mark.slow
 def test_a_small_gpu_trains_an_s():
-    sys.path.insert(0, str(ROOT / "tests"))
-    from bench import diffusion_step
-
     peak = diffusion_step("S", 256, 16, num_parts=4, checkpointed=True)["peak"]
     print(f"DiT^DH-S, 16 images at once, checkpointed: {peak / 1e9:.1f} GB")
     assert peak < 10e9
@@ -735,4 +715,5 @@ def test_the_benchmark_measures():
     for x in result["train"]:
         assert x["images_per_s"] > 0
         assert x["memory_gb"] > 0
+        assert x["host_reads"] == 1, "of the gradient's norm"
         assert 0 < x["share"] < 1
