@@ -472,7 +472,7 @@ def map_images(path):
                 shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(f)
                 header_size = f.tell()
     except (KeyError, ValueError):  # no such array, or not one of numbers
-        raise ValueError(f"{path}: wants images, an arr_0 of uint8 (N, H, W, 3)") from None
+        dtype = None
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
         raise ValueError(f"{path}: wants images, an arr_0 of uint8 (N, H, W, 3)")
     if fortran_order or entry.compress_type != zipfile.ZIP_STORED:

@@ -47,11 +47,10 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 
 
 def center_crop(image, size):
-    """The central square of a PIL image as size x size pixels, in ADM's way (Dhariwal and Nichol
-    2021).
+    """The central square of a PIL image as size x size pixels, in ADM's way.
 
-    The image is halved by averaging while its short side is at least twice `size`; then one bicubic
-    step brings the short side to `size`, and the square is cut out.
+    It is halved by averaging while its short side is at least twice `size`; then one bicubic step
+    brings the short side to `size`, and the square is cut out (Dhariwal and Nichol 2021).
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
@@ -553,13 +552,14 @@ def latent_statistics(encoder, data, batch_size, device, workers=0):
     One pass over the centre crops in float64, shared by all processes. (The released statistics are
     a running average, which leans towards the last images.)
     """
+    rank, world_size = rank_and_world_size()
     batches = deal_batches(len(data), batch_size)
     images_ahead = read_batches(data, batches, workers, device)
     exact = "cpu" if torch.device(device).type == "mps" else device  # mps has no float64
     shape = (encoder.grid_size**2, encoder.latent_dim)
     total = torch.zeros(shape, dtype=torch.float64, device=exact)  # (N, C)
     total_square = torch.zeros_like(total)
-    hidden = rank_and_world_size()[0] > 0 or None  # None: shown if there is a terminal
+    hidden = rank > 0 or None  # None: shown if there is a terminal
     for images in tqdm(images_ahead, "latent statistics", len(batches), disable=hidden):
         for view in (images, images.flip(-1)):
             tokens = encoder(view).to(exact).double()  # (B, N, C)
@@ -567,7 +567,6 @@ def latent_statistics(encoder, data, batch_size, device, workers=0):
             total_square += tokens.square().sum(0)
 
     # The mean over the processes, times their number, is the sum over all of them.
-    _, world_size = rank_and_world_size()
     num_views = 2 * len(data)
     mean = all_reduce_mean(total).cpu() * world_size / num_views
     square = all_reduce_mean(total_square).cpu() * world_size / num_views

@@ -246,7 +246,7 @@ def batch_files(folder, rows, as_pngs):
 
 def write_batch(files, images):
     """Write images (b, H, W, 3) uint8 to their files: each a PNG, or all one array."""
-    if len(files) == 1 and files[0].suffix == ".npy":
+    if files[0].suffix == ".npy":
         with whole_file(files[0]) as f:
             np.save(f, images)
         return

@@ -615,6 +615,7 @@ def main():
     batches = StepBatches(data, args.global_batch_size, args.seed, flip, rank, world_size)
     local_batch_size = len(batches.rows)
     micro_batch = args.micro_batch or local_batch_size
+    eval_batch = min(micro_batch, 64)  # for statistics and evaluations
     starts = range(0, local_batch_size, micro_batch)
     parts = [slice(start, start + micro_batch) for start in starts]
     encoder_image_size = args.image_size // args.upsample
@@ -649,7 +650,7 @@ def main():
     if rank == 0:
         log = open_log(out, first_step)
     if stats is None:
-        mean, var = latent_statistics(encoder, data, min(micro_batch, 64), device, args.workers)
+        mean, var = latent_statistics(encoder, data, eval_batch, device, args.workers)
         stats = {"mean": mean, "var": var, "latents": latents}
         if rank == 0:
             save_file(stats, out / "stats.pt")
@@ -809,7 +810,6 @@ def main():
 
         # Evaluate the averaged weights.
         if step > 0 and (step % args.eval_every == 0 or last):
-            eval_batch = min(micro_batch, 64)
             numbers, sheet = evaluate(ema_rae, val_data, args, eval_batch, lpips, inception)
             if rank == 0:
                 write_log(log, {"step": step, **numbers})
