@@ -1,7 +1,7 @@
 """DiT^DH and its flow: the diffusion side of an RAE (arXiv 2510.11690, sections 4 and 5).
 
-    model = DiTDH(64, 4, backbone=(96, 4, 3), wide_head=(128, 2, 4), num_classes=10)
-    alpha = shift_alpha(num_tokens=16, latent_dim=64)
+    model = DiTDH(128, 4, backbone=(96, 5, 3), wide_head=(192, 1, 4), num_classes=10)
+    alpha = shift_alpha(num_tokens=256, latent_dim=768)
     loss = flow_loss(model, z, y, alpha).mean()  # z (B, N, C), y (B,)
     z = sample(model, noise, y, time_grid(50, alpha), cfg_scale=1.5)  # noise (B, N, C) -> (B, N, C)
 
@@ -188,9 +188,12 @@ class DiTDH(nn.Module):
     latent_dim is C and grid_size the latent's side, so N = grid_size ** 2. backbone and wide_head
     are (width, depth, num_heads) each. Labels are 0 to num_classes - 1; num_classes is the null
     label.
+
+    predict says what the last layer gives: the velocity "v", or the clean latent "x" (as in JiT, Li
+    and He 2025), from which the velocity follows. The model returns the velocity either way.
     """
 
-    def __init__(self, latent_dim, grid_size, backbone, wide_head, num_classes):
+    def __init__(self, latent_dim, grid_size, backbone, wide_head, num_classes, predict="v"):
         super().__init__()
         for size in (backbone, wide_head):
             if size is not None and size[0] % (4 * size[2]) != 0:
@@ -203,11 +206,13 @@ class DiTDH(nn.Module):
             backbone=backbone,
             wide_head=wide_head,
             num_classes=num_classes,
+            predict=predict,
         )
         self.latent_dim = latent_dim
         self.grid_size = grid_size
         self.num_classes = num_classes
         self.has_wide_head = wide_head is not None
+        self.predict = predict
 
         # A plain DiT is built as one whose head, as wide as the backbone, has no blocks.
         width, depth, num_heads = backbone
@@ -276,7 +281,7 @@ class DiTDH(nn.Module):
         if not self.has_wide_head:
             x = self.x_embedder(x_t) + self.pos_embed  # (B, N, D)
             x = self.run_blocks(self.blocks, x, c, self.feat_rope)  # (B, N, D)
-            return self.final_layer(x, c)  # (B, N, C)
+            return self.velocity(self.final_layer(x, c), x_t, t)  # (B, N, C)
 
         # The backbone: the noisy latent becomes one condition s per token. The released model
         # applies SiLU to c here, besides the one inside every block's modulation, and at the end
@@ -295,7 +300,16 @@ class DiTDH(nn.Module):
         # (Above, adding the float32 positions has made it float32.)
         x = x.float()
         x = self.run_blocks(head_blocks, x, s, self.dec_feat_rope)  # (B, N, D_head)
-        return self.final_layer(x, s)  # (B, N, C)
+        return self.velocity(self.final_layer(x, s), x_t, t)  # (B, N, C)
+
+    def velocity(self, output, x_t, t):
+        """The velocity (B, N, C) that the last layer's output (B, N, C) means."""
+        if self.predict == "v":
+            return output
+        # x_t = (1 - t) z + t eps, so that v = eps - z = (x_t - z) / t. Near t = 0 an error of the
+        # predicted z would be divided by nothing, hence the bound. The noise in v now comes from
+        # x_t: the network needs no width to carry it.
+        return (x_t - output) / t.clamp(min=0.05)[:, None, None]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def get_args():
     # the encoder
     p.add_argument("--image-size", type=positive_int, default=32, help="pixels")
     p.add_argument("--patch", type=positive_int, default=8, help="pixels of a token's side")
-    p.add_argument("--width", type=positive_int, default=64, help="channels C of a token")
+    p.add_argument("--width", type=positive_int, default=128, help="channels C of a token")
     p.add_argument("--depth", type=positive_int, default=4, help="blocks")
     p.add_argument("--heads", type=positive_int, default=4, help="attention heads")
     # its training

@@ -24,8 +24,8 @@ from sample import balanced_labels, generate, load_model  # noqa: E402
 
 BARS = {
     "classifier": 0.97,
-    "linear_probe": 0.90,
-    "psnr": 24.0,
+    "linear_probe": 0.95,
+    "psnr": 27.0,
     "reconstructions_right": 0.95,
     "samples_right": 0.95,
     "samples_right_cfg": 0.98,
@@ -91,9 +91,9 @@ def main():
     result["reconstructions_right"] = right(judge, again, real_labels)
 
     # Samples.
-    model, _ = load_model(args.ckpt)
+    model, trained_with = load_model(args.ckpt)
     y = balanced_labels(range(10), 500)
-    times = time_grid(50, 1.0)
+    times = time_grid(50, trained_with["alpha"])
     for name, scale in (("samples_right", 1.0), ("samples_right_cfg", 1.5)):
         pictures = []
         for first in (0, 250):

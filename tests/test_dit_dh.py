@@ -246,6 +246,24 @@ def test_sincos_layout():
     assert pos[1, 2, 2] == pytest.approx(-0.4161, abs=1e-4)  # cos 2
 
 
+@pytest.mark.parametrize("wide_head", [None, (32, 2, 4)])
+def test_predicting_x_gives_the_velocity_of_it(wide_head):
+    """A last layer that gives the very latent has no loss from t = 0.05 on, whatever the width.
+
+    And one Euler step arrives there.
+    """
+    model = DiTDH(6, 4, (8, 1, 2), wide_head, num_classes=3, predict="x")
+    z = torch.randn(6).expand(5, 16, 6)  # a bias can give no more than one token
+    torch.nn.init.zeros_(model.final_layer.linear.weight)
+    model.final_layer.linear.bias.data = z[0, 0].clone()
+    y = torch.tensor([0, 1, 2, 3, 0])
+    t = torch.tensor([0.05, 0.1, 0.5, 0.9, 1.0])
+    noise = torch.randn(5, 16, 6)
+    assert flow_loss(model, z, y, 1.0, t, noise).max() < 1e-9
+    assert flow_loss(model, z, y, 1.0, t / 10, noise)[0] > 0.1, "below 0.05 t is not divided by"
+    assert gap(sample(model, noise, y, torch.tensor([1.0, 0.0])), z) < 1e-5
+
+
 def test_bf16_keeps_float32_where_it_matters():
     model = small_model_off_zero()
     inputs = (torch.randn(2, 16, 6), torch.rand(2), torch.tensor([0, 3]))

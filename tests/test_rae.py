@@ -273,7 +273,7 @@ def test_latents_are_normalised_and_decode(toy):
     with torch.no_grad():
         z = toy.encode(images)
         again = toy.decode(z)
-    assert z.shape == (500, 16, 64)
+    assert z.shape == (500, 16, 128)
     assert z.mean().abs() < 0.02
     assert 0.95 < z.std() < 1.05
     assert again.shape == (500, 3, toy.image_size, toy.image_size)
@@ -297,7 +297,7 @@ def test_without_statistics_the_latent_is_the_raw_tokens(toy):
 def test_noise_in_training_only(toy, dist, mean):
     """The bounds are five standard deviations or more of what 2,000 images leave to chance."""
     rae = R.RAE(toy.encoder, toy.decoder, tau=0.8, noise_dist=dist)
-    tokens = torch.zeros(2000, 16, 64)
+    tokens = torch.zeros(2000, 16, 128)
     noise = rae.train().noised(tokens)
     sigma = noise.std(dim=(1, 2))  # (2000,), each to 2%
     assert abs(sigma.mean() - mean) < 0.06
@@ -645,7 +645,7 @@ def test_precision(monkeypatch):
 
 def test_frozen_matrices_are_cast_once(toy):
     """Under autocast the same numbers, to the bit, from half the bytes."""
-    tokens = torch.randn(3, 16, 64)
+    tokens = torch.randn(3, 16, 128)
     decoder = copy.deepcopy(toy.decoder)
     R.cast_matrices(decoder)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
