@@ -321,7 +321,7 @@ def test_statistics_equal_numpy(toy, batch_size, num, monkeypatch):
     monkeypatch.setattr(toy_world, "TOY", {"train": (num, 0)})
     data = toy_world.ToyShapes()
     mean, var = R.latent_statistics(toy.encoder, data, batch_size, "cpu", workers=num % 2)
-    assert mean.shape == var.shape == (64, 4, 4)
+    assert mean.shape == var.shape == (128, 4, 4)
 
     # In the same batches: the encoder's rounding depends on their size.
     images = torch.from_numpy(data.images).float() / 255
