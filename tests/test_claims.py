@@ -43,6 +43,7 @@ def test_the_shift_follows_the_square_root(tmp_path):
     assert max(map(float, off)) < 5
 
 
+@pytest.mark.slow
 def test_costs_are_the_papers():
     """Counted as the paper's, the models have its numbers of multiply-adds."""
     command = [sys.executable, "assets/costs.py"]

@@ -495,7 +495,7 @@ def test_statistics_outlive_a_stopped_run(run, photos, monkeypatch):
     assert not calls
     assert same(load_run("whole"), load_run("run"))
     file = load("run/stats.pt")
-    assert file["mean"].shape == file["var"].shape == (64, 4, 4)
+    assert file["mean"].shape == file["var"].shape == (128, 4, 4)
 
     os.remove("run/checkpoint.pt")
     run("train_decoder.py", "--data photos_val --out run")  # of other images
