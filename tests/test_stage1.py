@@ -456,7 +456,7 @@ def test_rfid_with_inception_weights(run):
 def test_noise_augmented_decoding(tmp_path):
     """The paper's direction (T15): a little worse from clean latents, much better from noisy ones.
 
-    Half of the default run, without the GAN, one seed; the README has three of the whole run.
+    Half of the default run, without the GAN, one seed.
     """
     clean = []
     noisy = []
