@@ -45,7 +45,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from quality import classifier, fit, right  # noqa: E402
 
+from assets.costs import gmac  # noqa: E402
 from assets.toy_world import ToyShapes  # noqa: E402
+from dit_dh import DiTDH  # noqa: E402
 from fid import frechet_distance, load_encoder, mean_and_covariance  # noqa: E402
 from rae import load_rae, save_file  # noqa: E402
 from sample import balanced_labels  # noqa: E402
@@ -53,7 +55,7 @@ from train_diffusion import TOY, backbone_size, wide_head_size  # noqa: E402
 
 # Steps of the default diffusion run, of shorter ones, of the guide, a decoder, an encoder, the
 # overfitting runs (the paper has 1,200) and the judge; samples for a score; the most cells of a
-# sweep and, without --only, experiments.
+# sweep.
 FULL = {
     "seeds": (0, 1, 2, 3, 4),
     "default": TOY["steps"],
@@ -65,7 +67,6 @@ FULL = {
     "judge": 800,
     "num": 1000,
     "cells": 99,
-    "experiments": 99,
 }
 QUICK = {
     "seeds": (0,),
@@ -78,7 +79,6 @@ QUICK = {
     "judge": 100,
     "num": 60,
     "cells": 1,
-    "experiments": 99,
 }
 BACKBONE = TOY["backbone"]
 HEAD = TOY["wide_head"]
@@ -104,8 +104,9 @@ def ask(place, *commands):
     return place
 
 
-def encoder_run(name, flags, steps):
+def encoder_run(name, flags):
     place = f"{out}/{name}.pt"
+    steps = size["encoder"]
     return ask(place, f"assets/pretrain_encoder.py {flags} --steps {steps} --out {place}")
 
 
@@ -157,22 +158,6 @@ def default(*sampling, **steps):
 def some(*cells):
     """The first cells of a sweep: --quick has only those."""
     return cells[: size["cells"]]
-
-
-def flops(backbone, head, tokens=TOKENS):
-    """FLOPs of one image's forward pass; a training step has three times as many.
-
-    A block has 12 D^2 multiply-adds a token in its matrices and 2 N D in attention, one of the head
-    6 D^2 more, since its norms are conditioned by token. The embedders and the last layer follow.
-    """
-    w, depth, _ = backbone_size(backbone)
-    total = depth * (12 * w**2 + 2 * tokens * w) + C * w
-    head = wide_head_size(head)
-    if head is not None:
-        narrow = w
-        w, depth, _ = head
-        total += depth * (18 * w**2 + 2 * tokens * w) + C * w + narrow * w + 2 * w**2
-    return 2 * tokens * (total + w * C)
 
 
 def make_runs(jobs, judge):
@@ -229,13 +214,7 @@ def numbers_of(place, judge):
     if place.endswith(".npz"):
         images = torch.from_numpy(np.load(place)["arr_0"]).permute(0, 3, 1, 2).float() / 255
         return judge(images, torch.tensor(balanced_labels(range(10), len(images))))
-    lines = [json.loads(line) for line in Path(place, "log.jsonl").read_text().splitlines()]
-    curve = []
-    for line in lines:
-        for key in ("loss", "l1"):
-            if key in line:
-                curve.append([line["step"], line[key]])
-    return lines[-1] | {"curve": curve}
+    return json.loads(Path(place, "log.jsonl").read_text().splitlines()[-1])
 
 
 def save_numbers(**more):
@@ -349,8 +328,15 @@ def tell(cells, key=None):
     return ", ".join(f"{name}: {show(places, key)}" for name, places in cells.items())
 
 
-def mflop(backbone, head, tokens=TOKENS):
-    return f"{flops(backbone, head, tokens) / 1e6:.0f} MFLOP"
+def mflop(backbone, head):
+    """10^6 FLOPs of one image's forward pass; a training step has three times as many."""
+
+    def model():
+        grid_size = math.isqrt(TOKENS)
+        return DiTDH(C, grid_size, backbone_size(backbone), wide_head_size(head), 10)
+
+    count, _ = gmac(model, ((1, TOKENS, C), None), ((1,), None), ((1,), torch.long))
+    return 2e3 * count
 
 
 # ---------------------------------------------------------------------------------------------
@@ -360,7 +346,7 @@ def mflop(backbone, head, tokens=TOKENS):
 
 
 def panel(title, x_label, y_label, lines):
-    """One plot: lines are {label: {x: places or a number}} and y a number's key or the label."""
+    """One plot: lines are {label: {x: places}}, numbers for "bound"; y_label is a number's key."""
     return {"title": title, "x": x_label, "y": y_label, "lines": lines}
 
 
@@ -456,14 +442,15 @@ def compute():
         plain[name, backbone] = cell(f"compute/{name}", backbone=backbone, head="none")
     yield
 
-    cells = {f"**DiT^DH** ({mflop(BACKBONE, HEAD)})": ours}
+    cells = {f"**DiT^DH** ({mflop(BACKBONE, HEAD):.0f} MFLOP)": ours}
     comparisons = {}
     points = {}
     for (name, backbone), places in plain.items():
-        cells[f"DiT {name} ({mflop(backbone, 'none')})"] = places
+        cells[f"DiT {name} ({mflop(backbone, 'none'):.0f} MFLOP)"] = places
         comparisons[name] = compare(ours, places)
         points[int(name.split("x")[1])] = places
-    training = 3 * flops(BACKBONE, HEAD) * size["default"] * TOY["global_batch_size"] / 1e12
+    images = size["default"] * TOY["global_batch_size"]
+    training = 3 * mflop(BACKBONE, HEAD) * images / 1e6
     rows = [
         (
             "DiT^DH beats plain DiTs of equal compute (5)",
@@ -561,9 +548,9 @@ def head():
     comparisons = [compare(ours, narrow)]
     if C in widths:
         comparisons.append(compare(ours, widths[C]))
-    cells = {f"alone ({mflop(BACKBONE, 'none')})": narrow}
+    cells = {f"alone ({mflop(BACKBONE, 'none'):.0f} MFLOP)": narrow}
     for w, places in sorted(widths.items()):
-        cells[f"head {w} ({mflop(BACKBONE, f'{w},1,4')})"] = places
+        cells[f"head {w} ({mflop(BACKBONE, f'{w},1,4'):.0f} MFLOP)"] = places
     rows = [
         (
             "A backbone narrower than a token needs a head, and one wider than a token (5): 1.5 C "
@@ -654,34 +641,36 @@ def steps():
     yield rows, panel("Euler steps", "steps", "judge", {"DiT^DH": cells})
 
 
-def own_latent(name, encoder_flags, steps, batch=64):
-    """An encoder of its own and a decoder for it, both of seed 0, and sample.py's decoder flag."""
-    frozen = encoder_run(f"{name}_encoder", encoder_flags, steps)
+def own_latent(name, encoder_flags, batch=64):
+    """An encoder of its own and a decoder for it, both of seed 0, and the flag that names it."""
+    shape = f"--width {C} --depth 4 --heads 4"  # of the shipped encoder
+    frozen = encoder_run(f"{name}_encoder", f"{shape} {encoder_flags}")
     place = decoder_run(f"{name}_decoder", 0, f"--encoder {frozen} --global-batch-size {batch}")
     return place, f"--decoder {place}/checkpoint.pt"
 
 
-SHAPE = f"--width {C} --depth 4 --heads 4"  # of the shipped encoder
-KINDS = {
-    "masked": (SHAPE, "encoder"),
-    "plain autoencoder": (f"{SHAPE} --mask 0", "encoder"),
-    "random": (f"{SHAPE} --lr 0", None),
-}
+def masked(patch):
+    """The latent of a masked autoencoder with patches of so many pixels."""
+    batch = min(64, 16 * patch**2)  # of 1,024 tokens at most
+    return own_latent(f"latent/{patch}px", f"--patch {patch} --batch-size {2 * batch}", batch)
+
+
+def latent_cell(name, flag, alpha=ALPHA, batch=64):
+    return cell(f"latent/{name}_{batch}", flag, alpha=alpha, batch=batch, steps=size["short"])
 
 
 def encoder():
     """Latents of one shape: encoders made alike, each with a decoder; the seeds are diffusion's."""
-    cells = {}
-    decoders = {}
-    for name, (flags, steps) in KINDS.items():
-        place = f"encoder/{name.split()[0]}"
-        decoders[name], flag = own_latent(place, flags, size[steps] if steps else 1)
-        cells[name] = cell(place, flag, steps=size["short"])
+    latents = {
+        "masked": ("8px", *masked(8)),
+        "plain autoencoder": ("plain", *own_latent("latent/plain", "--mask 0")),
+        "random": ("random", *own_latent("latent/random", "--lr 0")),
+    }
+    cells = {kind: latent_cell(name, flag) for kind, (name, _, flag) in latents.items()}
     yield
 
-    masked = cells["masked"]
-    others = [compare(masked, cells[name]) for name in list(KINDS)[1:]]
-    psnr = ", ".join(f"{name} {done[place]['psnr']:.1f}" for name, place in decoders.items())
+    others = [compare(cells["masked"], cells[kind]) for kind in ("plain autoencoder", "random")]
+    psnr = tell({kind: [place] for kind, (_, place, _) in latents.items()}, "psnr")
     yield (
         [
             (
@@ -707,20 +696,11 @@ def tokens():
     decoders = {}
     for patch in (8, 16, 4)[: 1 + size["cells"]]:
         n = (32 // patch) ** 2
+        place, flag = masked(patch)
+        decoders[n] = [place]
         alpha = f"{ALPHA * math.sqrt(n / TOKENS):g}"
-        batch = 1024 // n
-        flags = f"{SHAPE} --patch {patch} --batch-size {min(128, 2048 // n)}"
-        name = "encoder/masked" if patch == 8 else f"tokens/{patch}px"
-        if patch == 8:
-            place, flag = own_latent(name, *(KINDS["masked"][0], size["encoder"]))
-        else:
-            place, flag = own_latent(name, flags, size["encoder"], min(64, batch))
-        decoders[n] = place
-        settings = dict(alpha=ALPHA if patch == 8 else alpha, steps=size["short"])
-        equal_images[n] = cell(name, flag, **settings)
-        equal_tokens[n] = equal_images[n]
-        if patch != 8:
-            equal_tokens[n] = cell(f"{name}_compute", flag, batch=batch, **settings)
+        equal_images[n] = latent_cell(f"{patch}px", flag, alpha)
+        equal_tokens[n] = latent_cell(f"{patch}px", flag, alpha, batch=1024 // n)
     yield
 
     most = max(equal_images)
@@ -731,7 +711,7 @@ def tokens():
     ):
         ordered = dict(sorted(cells.items()))
         others = [compare(cells[most], cells[n]) for n in ordered if n != most]
-        psnr = ", ".join(f"{n} {done[decoders[n]]['psnr']:.1f}" for n in ordered)
+        psnr = tell(dict(sorted(decoders.items())), "psnr")
         rows.append(
             (
                 f"More tokens are better (6.1), at equal {what}: {most} against fewer",
@@ -818,7 +798,7 @@ def main():
     if args.quick:
         out = "out/claims/quick"
         size = QUICK
-    names = list(EXPERIMENTS)[: size["experiments"]]
+    names = list(EXPERIMENTS)
     if args.only:
         names = args.only.split(",")
     unknown = set(names) - EXPERIMENTS.keys()

@@ -125,14 +125,19 @@ def test_readme_names_tests_that_are_there():
     assert named <= there
 
 
-def test_readme_says_how_long_the_files_are():
-    """The map of the six files."""
+def test_readme_says_how_long_the_files_are_and_holds_the_claims():
+    """The map of the six files, and the table of assets/claims.py: all of its rows, or a link."""
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"\| \[(\w+\.py)\]\(\1\), (\d+) lines", readme)
     said = {name: int(n) for name, n in rows}
     there = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("*.py")}
     assert said == there
     assert len(said) == 6
+    claims = (ROOT / "assets/claims.md").read_text().splitlines()
+    table = [line for line in claims if line.startswith("| ")]
+    assert len(table) > 15
+    assert [line for line in readme.splitlines() if line in table] in (table, [])
+    assert "(assets/claims.md)" in readme
 
 
 # Every flag appears here off its default (test_every_flag_is_run), with a tiny world behind it.
