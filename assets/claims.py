@@ -245,7 +245,7 @@ class Judge:
         extract, _ = load_encoder("toy", 32, "cpu")
         body = self.classifier[:-2]  # without its flattening and last layer
         self.networks = {
-            "encoder": lambda images: extract(images)[0],
+            "encoder": lambda images: extract(images * 255)[0],
             "judge": lambda images: body(images).mean((2, 3)),
         }
         val = ToyShapes("val")
