@@ -32,7 +32,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -163,15 +163,11 @@ def some(*cells):
 def make_runs(jobs, judge):
     """Make what is asked and not done, `jobs` runs at a time, each on one core.
 
-    Small models use two cores worse than two of them do. Runs start in the order in which they were
-    asked for, and so after those that they name: to wait for these cannot lock up.
+    Small models use two cores worse than two of them do. The next run is the first one whose
+    command lines name no run that is still to be made.
     """
-    futures = {}
 
     def make(place):
-        for other, future in list(futures.items()):
-            if other != place and any(other in command for command in asked[place]):
-                future.result()
         began = time.time()
         for command in asked[place]:
             said = subprocess.run(
@@ -182,19 +178,28 @@ def make_runs(jobs, judge):
             )
             if said.returncode != 0:
                 raise RuntimeError(f"{command}: {said.stderr.strip().splitlines()[-1]}")
-        done[place] = numbers_of(place, judge)
-        done[place]["commands"] = asked[place]
-        done[place]["seconds"] = time.time() - began
-        save_numbers()
-        print(f"{place}: {done[place]['seconds']:.0f} s", flush=True)
+        numbers = numbers_of(place, judge)
+        return numbers | {"commands": asked[place], "seconds": time.time() - began}
 
+    waiting = missing()
+    running = {}  # future: place
     with ThreadPoolExecutor(jobs) as pool:
-        for place in missing():
-            done.pop(place, None)
-            futures[place] = pool.submit(make, place)
-        for place, future in futures.items():
-            if future.exception():  # the others go on; its cell will say "failed"
-                print(f"{place} FAILED: {future.exception()}", flush=True)
+        while waiting or running:
+            for place in list(waiting):
+                others = {*waiting, *running.values()} - {place}
+                ready = not any(other in command for command in asked[place] for other in others)
+                if ready and len(running) < jobs:
+                    waiting.remove(place)
+                    done.pop(place, None)
+                    running[pool.submit(make, place)] = place
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                place = running.pop(future)
+                if future.exception():  # the others go on; its cell will say "failed"
+                    print(f"{place} FAILED: {future.exception()}", flush=True)
+                else:
+                    done[place] = future.result()
+                    save_numbers()
+                    print(f"{place}: {done[place]['seconds']:.0f} s", flush=True)
 
 
 def missing():
