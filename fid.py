@@ -392,14 +392,14 @@ def load_encoder(name, image_size, device):
 
 
 class Images:
-    """The first `num` images (0 for all) of a folder, an .npz, or the toy's validation images.
+    """The first `num` images (None for all) of a folder, an .npz, or the toy's validation images.
 
     A folder is read with its subfolders, in the order of names. crop is the side of ADM's
     centre crop, or None for the images as they are. `size` is "256" where they are square, else
     such as "40x32", or "mixed". It is that of the first 64 images: to read all would take long.
     """
 
-    def __init__(self, source, crop=None, num=0):
+    def __init__(self, source, crop=None, num=None):
         self.source = str(source)
         self.crop = crop
         path = Path(source)
@@ -410,10 +410,10 @@ class Images:
         elif path.is_dir():
             from rae import list_images
 
-            items = [path / name for name in list_images(self.source)]
+            items = [path / name for name in list_images(self.source, skipped=[])]
         else:
             items = map_images(path)
-        self.items = items[:num] if num > 0 else items
+        self.items = items[:num]
         if len(self) < 2:
             raise ValueError(f"{source}: {len(self)} images; a distance needs two at least")
 
@@ -433,10 +433,9 @@ class Images:
         """Image number i, (3, H, W) uint8."""
         image = self.items[i]
         if isinstance(image, Path):
-            try:
-                image = Image.open(image).convert("RGB")
-            except Exception as error:  # PIL raises half a dozen kinds for a broken file
-                raise ValueError(f"{image}: cannot be read as an image ({error})") from None
+            from rae import open_image
+
+            image = open_image(image)
         if self.crop:
             from rae import center_crop
 
@@ -721,6 +720,13 @@ class Side:
 # The script
 
 
+def count(text):
+    """The type of a flag that is a whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: wants a whole number above 0")
+    return int(text)
+
+
 def get_args():
     p = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
@@ -731,13 +737,8 @@ def get_args():
     # what is compared
     p.add_argument("samples", nargs="?", default="out/samples.npz", help="folder or .npz")
     p.add_argument("reference", nargs="?", default="toy", help="folder, .npz or toy")
-    p.add_argument(
-        "--num",
-        type=int,
-        default=0,
-        help="only the first images of each side, 0 for all; statistics are as they are",
-    )
-    p.add_argument("--crop", type=int, help="ADM's centre crop of every image to this side first")
+    p.add_argument("--num", type=count, help="how many of each side's images, from the first on")
+    p.add_argument("--crop", type=count, help="ADM's centre crop of every image to this side first")
     p.add_argument("--save", help="write the statistics of SAMPLES to this .npz and stop")
     # how
     p.add_argument("--metrics", default="fid", help="of fid,sfid,is,pr: any, with commas")
@@ -751,9 +752,13 @@ def get_args():
     if torch.cuda.is_available():
         devices.insert(0, "cuda")
     p.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
-    p.add_argument("--batch-size", type=int, default=64, help="images at once, in each process")
+    p.add_argument("--batch-size", type=count, default=64, help="images at once, in each process")
     p.add_argument("--json", action="store_true", help="print a JSON object instead of the line")
-    return p.parse_args()
+    args = p.parse_args()
+    for name, value in vars(args).items():
+        if value == "":  # of an unset variable; as a path it would be the current folder
+            raise ValueError(f"{name}: an empty text")
+    return args
 
 
 def main():
@@ -779,8 +784,12 @@ def main():
             f"--metrics {args.metrics}: {features} has features for fid's distance alone; the "
             "others want Inception's (--weights FILE)"
         )
+    if args.weights and features != "inception":
+        raise ValueError(f"--weights {args.weights}: without effect on --features {features}")
     if args.save and not args.save.endswith(".npz"):
         raise ValueError(f"--save {args.save}: wants a name that ends in .npz")
+    if args.save and Path(args.save).exists():
+        raise ValueError(f"--save {args.save}: exists already; remove it or pass another name")
     if args.save:
         Path(args.save).parent.mkdir(parents=True, exist_ok=True)
 
@@ -841,7 +850,10 @@ def main():
         return
 
     if args.save:
-        np.savez(args.save, **samples.statistics, n=samples.n, size=samples.size, label=label)
+        temporary = f"{args.save}.tmp"  # renamed when it is whole
+        with open(temporary, "wb") as f:
+            np.savez(f, **samples.statistics, n=samples.n, size=samples.size, label=label)
+        os.replace(temporary, args.save)
         print(f"wrote {args.save}  (N={samples.n}, {samples.size} px, {label})")
         return
 
@@ -881,6 +893,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {str(error).splitlines()[-1]}")
+        process = f" of process {RANK}" if WORLD_SIZE > 1 else ""
+        sys.exit(f"error{process}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit(130)

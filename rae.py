@@ -15,6 +15,7 @@ Letters, the same in every file:
     alpha the schedule's shift       tau the decoder's latent noise     y label
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -44,6 +45,15 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 # Images
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+MAX_PIXELS = 2**26  # reading larger images could take more than a GB
+
+
+def shorten(image):
+    """The middle of a PIL image over 16 times as long as wide: resized it could take gigabytes."""
+    width, height = (min(side, 16 * min(image.size)) for side in image.size)
+    left = (image.width - width) // 2
+    top = (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def center_crop(image, size):
@@ -52,6 +62,7 @@ def center_crop(image, size):
     It is halved by averaging while its short side is at least twice `size`; then one bicubic step
     brings the short side to `size`, and the square is cut out (Dhariwal and Nichol 2021).
     """
+    image = shorten(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -68,6 +79,7 @@ def random_crop(image, size, short_side, rng):
 
     The image is resized in one bicubic step, as in the released training of the decoder.
     """
+    image = shorten(image)
     width = int(short_side * image.width / min(image.size))
     height = int(short_side * image.height / min(image.size))
     image = image.resize((width, height), Image.BICUBIC)
@@ -77,15 +89,31 @@ def random_crop(image, size, short_side, rng):
 
 
 def open_image(path):
-    """An image file as a PIL image in RGB."""
+    """An image file as a PIL image in RGB, upright, and on white where it is transparent."""
     try:
-        return Image.open(path).convert("RGB")
+        image = Image.open(path)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels; reduce it first")
+        if image.mode in ("I", "F"):
+            raise ValueError("its pixels have 32 bits and no known range; save it with 8 or 16")
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGB", image.size, "white")
+            white.paste(image, mask=image.getchannel("A"))
+            return white
+        return image.convert("RGB")
     except Exception as error:  # PIL raises half a dozen kinds for a broken file
-        raise ValueError(f"{path}: not readable as an image ({error})") from None
+        name = repr(str(path))[1:-1]  # with a line break in it escaped
+        raise ValueError(f"{name}: not readable as an image ({error})") from None
 
 
-def list_images(folder, above=()):
+def list_images(folder, skipped, above=()):
     """The images below a folder as paths relative to it, folder by folder in the order of names.
+
+    To the list `skipped` the names of files that are no images by their names are added.
 
     Links to folders are followed; ValueError if one leads back to a folder that it lies in: `above`
     are the real paths of those that this one was reached through. Names that begin with a dot are
@@ -104,9 +132,12 @@ def list_images(folder, above=()):
                 subfolders.append(entry.name)
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
                 images.append(entry.name)
+            else:
+                skipped.append(entry.name)
     images.sort()
     for name in sorted(subfolders):
-        images += [f"{name}/{image}" for image in list_images(f"{folder}/{name}", (*above, real))]
+        below = list_images(f"{folder}/{name}", skipped, (*above, real))
+        images += [f"{name}/{image}" for image in below]
     return images
 
 
@@ -124,9 +155,12 @@ class ImageFolder:
         self.root = str(root)
         self.size = size
         self.short_side = short_side
-        self.names = list_images(self.root)
+        skipped = []
+        self.names = list_images(self.root, skipped)
         if not self.names:
             raise ValueError(f"{root}: no images in this folder")
+        if skipped:
+            print0(f"{root}: skipped {len(skipped)} files, no images by name, as {skipped[0]!r}")
 
         # The images of a class follow each other.
         self.classes = []
@@ -300,6 +334,8 @@ def load_timm(model, weights, flag, **options):
     """
     import timm
 
+    if weights is None:
+        print0(f"{model}: timm's published weights, fetched once")
     try:
         net = timm.create_model(model, pretrained=weights is None, num_classes=0, **options)
     except Exception as error:  # the hub's client alone raises a dozen kinds
@@ -337,12 +373,17 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
         file = read_file(path)
         if "vit" not in file:
             raise ValueError(f"encoder {name}: not an encoder file, nor one of {known}")
+        if weights is not None:
+            raise ValueError(f"{flag} {weights}: without effect, the encoder {name} has its own")
         vit = VisionTransformer(**file["vit"])
         load_strict(vit, file["state_dict"], name)
         return Encoder(vit, image_size, file["mean"], file["std"])
 
     entry = ENCODERS.get(name, {})
     model = entry.get("model", name.removeprefix("timm:"))
+    if ":" in model or "/" in model:
+        # timm would take such a name for any repository or folder, and a checkpoint may hold it.
+        raise ValueError(f"encoder {name}: not a name of timm's own list")
     options = entry.get("timm_options", {})
     vit = load_timm(model, weights, flag, dynamic_img_size=True, **options)
     if not isinstance(vit, VisionTransformer):
@@ -496,12 +537,16 @@ class RAE(nn.Module):
             )
         if mean is None:
             mean = torch.zeros(shape)
+        if var is not None and (var <= 0).any():
+            raise ValueError("statistics var are not above 0; are all the images the same?")
         std = torch.ones(shape) if var is None else (var + 1e-5).sqrt()
         for name, statistic in (("mean", mean), ("std", std)):
             if statistic.shape != shape:
                 raise ValueError(
                     f"statistics {name} have shape {tuple(statistic.shape)}, not {shape}"
                 )
+            if not statistic.isfinite().all():
+                raise ValueError(f"statistics {name} are not finite")
             rows = statistic.flatten(1).T.contiguous().float()  # (N, C), as tokens are
             self.register_buffer(f"latent_{name}", rows)
         self.encoder = encoder
@@ -608,7 +653,7 @@ def whole_file(path):
 
     So a kill or a full disk at any moment leaves what was there before.
     """
-    temporary = Path(path).with_suffix(".tmp")
+    temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as f:
             yield f
@@ -624,18 +669,44 @@ def whole_file(path):
     os.replace(temporary, path)
 
 
+def check_finite(content, where):
+    """ValueError names the first tensor of nested dicts that holds NaN or infinities."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            check_finite(value, f"{where}: {name}")
+        elif torch.is_tensor(value) and not value.isfinite().all():
+            raise ValueError(f"{where}: {name} is not finite; it is neither saved nor used")
+
+
 def save_file(content, path):
-    """Write a .pt file, whole or not at all."""
+    """Write a .pt file, whole or not at all, and never with numbers that are not finite."""
+    check_finite(content, path)
     with whole_file(path) as f:
         torch.save(content, f)
 
 
 def load_strict(module, state, where):
     """Copy a state dict into a module; ValueError names all missing and misshapen tensors."""
+    check_finite(state, where)
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def load_optimizer(optimizer, state, where):
+    """Load AdamW's state; ValueError if it is another model's.
+
+    torch compares no shapes, and the fused step would write beyond a smaller tensor's end.
+    """
+    try:
+        optimizer.load_state_dict(state)
+        for parameter, moments in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != parameter.shape:
+                    raise ValueError(f"{name} is misshapen")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: not this run's optimizer state ({error})") from None
 
 
 def load_released_decoder(x, num_heads=None, where="state dict"):
@@ -694,6 +765,7 @@ def released_file(name, statistics=False):
 
     repository = "nyu-visionx/RAE-collections"
     file = files[short][1 if statistics else 0]
+    print0(f"{name}: {file} of huggingface.co/{repository}, fetched once")
     try:
         return hf_hub_download(repository, file)
     except Exception as error:
@@ -944,6 +1016,8 @@ def check_same_run(out, saved, settings, may_change):
 
 def to_uint8(images):
     """Images in [0, 1] as uint8, rounded. The released code truncates: half a level too dark."""
+    if not images.isfinite().all():
+        raise ValueError("pictures that are not finite: a decoder or a model is broken")
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
@@ -957,8 +1031,8 @@ def save_sheet(images, path, columns):
     sheet = images.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, 3)
     sheet = sheet.flatten(2, 3).flatten(0, 1).numpy()  # (rows H, columns W, 3)
     sheet = sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+    with whole_file(path) as f:
+        Image.fromarray(sheet).save(f, "PNG")
 
 
 def psnr(a, b):
@@ -967,12 +1041,46 @@ def psnr(a, b):
     return -10 * error.clamp(min=1e-10).log10()
 
 
-def positive_int(text):
-    """The type of a flag that is a whole number above 0."""
-    number = int(text)
-    if number <= 0:
-        raise ValueError(text)
-    return number
+def number(low, high=10**9, kind=float):
+    """The type of a flag that is a number from low to high, kind int for a whole one."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # true of NaN
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r}: wants a {what} from {low:g} to {high:g}")
+        return value
+
+    return read
+
+
+positive_int = number(1, kind=int)
+natural = number(0, 2**63 - 1, int)
+
+
+def parse_flags(parser, presets=None):
+    """The command line's flags. With `presets`, --preset names a dict of the others' defaults.
+
+    An empty text is refused, such as that of an unset variable: a path "" is the current folder.
+    """
+
+    def refuse(message):  # as a mistake found later: in one line, without the usage
+        raise ValueError(message)
+
+    parser.error = refuse
+    if presets:
+        # Parsed twice: once for --preset, then with its values. (argparse reads defaults that are
+        # text by the flag's type. --help shows the toy's.)
+        parser.set_defaults(**presets["toy"])
+        parser.set_defaults(**presets[parser.parse_args().preset])
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        if value == "":
+            raise ValueError(f"--{name.replace('_', '-')}: an empty text")
+    return args
 
 
 def available_devices():
@@ -986,9 +1094,10 @@ def available_devices():
 
 
 def error_line(error):
-    """What a script prints of a user's mistake: its last line.
+    """What a script prints of a user's mistake: one line, with the process if there are several.
 
     A DataLoader's worker sends its whole traceback as the text of the error, what matters last.
     """
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return "error: " + lines[-1].removeprefix("ValueError: ")
+    text = " ".join(str(error).split("\nValueError: ")[-1].split()) or type(error).__name__
+    process = f" of process {os.environ['RANK']}" if "RANK" in os.environ else ""  # of torchrun
+    return f"error{process}: {text}"

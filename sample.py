@@ -39,13 +39,18 @@ from tqdm import tqdm
 # several scripts share.
 from dit_dh import load_released, sample, shift_alpha, time_grid
 from rae import (
+    IMAGE_SUFFIXES,
     available_devices,
     cast_matrices,
+    check_finite,
     deal_batches,
     error_line,
     hash_tensors,
     keyed_noise,
     load_rae,
+    natural,
+    number,
+    parse_flags,
     positive_int,
     print0,
     rank_and_world_size,
@@ -94,7 +99,6 @@ def get_args():
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
     p.add_argument("--preset", choices=PRESETS, default="toy", help="the other flags' defaults")
     # the model and its latents
     p.add_argument("--ckpt", help="checkpoint of a run, a released file or released:NAME")
@@ -111,29 +115,32 @@ def get_args():
     p.add_argument(
         "--classes", type=class_list, help="such as 0,3,7, or null; unset: all, balanced"
     )
-    p.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    p.add_argument("--seed", type=natural, default=0, help="seed of the noise")
     # how
     p.add_argument(
         "--steps", type=positive_int, default=50, help="Euler steps (released samples: 49)"
     )
     p.add_argument(
         "--t-last",
-        type=float,
+        type=number(0, 0.999),
         default=0.0,
         help="time to stop at, before the shift (released samples: 0.001)",
     )
-    p.add_argument("--alpha", type=float, help="schedule shift; unset: that of the training")
-    p.add_argument("--cfg-scale", type=float, help="classifier-free guidance, 1 for none")
+    p.add_argument("--alpha", type=number(1e-3), help="schedule shift; unset: that of the training")
+    p.add_argument("--cfg-scale", type=number(0), help="classifier-free guidance, 1 for none")
     p.add_argument(
         "--guide",
         help="checkpoint of a weaker model for AutoGuidance (Karras et al. 2024), instead of CFG",
     )
     p.add_argument(
-        "--guide-scale", type=float, default=1.42, help="of AutoGuidance (the paper's; 512 px: 1.5)"
+        "--guide-scale",
+        type=number(0),
+        default=1.42,
+        help="of AutoGuidance (the paper's; 512 px: 1.5)",
     )
     p.add_argument(
         "--interval",
-        type=float,
+        type=number(0, 1),
         nargs=2,
         default=(0, 1),
         metavar=("LO", "HI"),
@@ -151,11 +158,7 @@ def get_args():
     p.add_argument("--batch-size", type=positive_int, help="images at once, in each process")
     p.add_argument("--out", default="out/samples.png", help="NAME.png, NAME.npz or a folder")
 
-    # Parsed twice: once for --preset, then with the preset's values as the flags' defaults.
-    # (argparse reads defaults that are text by the flag's type. --help shows the toy's.)
-    p.set_defaults(**PRESETS["toy"])
-    p.set_defaults(**PRESETS[p.parse_args().preset])
-    return p.parse_args()
+    return parse_flags(p, PRESETS)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -177,6 +180,7 @@ def load_model(name):
     """
     file = read_file(released_file(name))
     model = load_released(file, where=name)
+    check_finite(model.state_dict(), name)
     return model, file.get("args", {})
 
 
@@ -299,6 +303,8 @@ def draw_sheet(parts, num, path, columns):
 
 def main():
     args = get_args()
+    if args.interval[0] > args.interval[1]:
+        raise ValueError(f"--interval {args.interval[0]} {args.interval[1]}: from high to low")
     if args.ckpt == PRESETS["toy"]["ckpt"] and not Path(args.ckpt).is_file():
         raise ValueError(f"{args.ckpt}: no such file; run train_diffusion.py first, or pass --ckpt")
 
@@ -394,10 +400,14 @@ def main():
     out = Path(args.out)
     npz = out.with_suffix(".npz")
     as_pngs = out.suffix not in (".png", ".npz")
+    if as_pngs and out.suffix.lower() in IMAGE_SUFFIXES | {".npy"}:
+        raise ValueError(f"--out {out}: wants NAME.png, NAME.npz or a folder")
     folder = out if as_pngs else out.with_suffix(".parts")
     if not as_pngs and out.exists() and holds(npz, record):
         print0(f"{out}: these images are there already")
         return
+    if not as_pngs and (out.is_dir() or npz.exists() and not holds(npz, record)):
+        raise ValueError(f"{npz}: holds other images; delete it, or pass another --out")
     if rank == 0:
         claim_folder(folder, record)
     if ddp:

@@ -49,12 +49,16 @@ from rae import (
     keyed_generator,
     keyed_noise,
     latent_statistics,
+    load_optimizer,
     load_rae,
     load_released_decoder,
     load_strict,
     load_timm,
+    natural,
+    number,
     open_data,
     open_log,
+    parse_flags,
     positive_int,
     print0,
     psnr,
@@ -141,7 +145,7 @@ MAY_CHANGE = {
 LPIPS_URL = (
     "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
 )
-LPIPS_MD5 = "d507d7349b931f0638a25a48a722f98a"
+LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
 
 # ---------------------------------------------------------------------------------------------
 # Frozen networks to look through, and the perceptual loss
@@ -234,11 +238,12 @@ def load_lpips(args, device):
     elif not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(LPIPS_URL, str(path), progress=False)
-        except OSError as error:
+            print0(f"LPIPS' weights, 7 kB: fetched once from {LPIPS_URL}")
+            torch.hub.download_url_to_file(LPIPS_URL, str(path), LPIPS_SHA256, progress=False)
+        except (OSError, RuntimeError) as error:  # the latter: not the file of this hash
             raise ValueError(
                 f"LPIPS' weights cannot be fetched ({type(error).__name__}); download {LPIPS_URL} "
-                f"(md5 {LPIPS_MD5}) and pass --lpips-weights FILE"
+                f"(sha256 {LPIPS_SHA256}) and pass --lpips-weights FILE"
             ) from None
     file = read_file(path)
     weights = []
@@ -247,8 +252,8 @@ def load_lpips(args, device):
         if name not in file:
             raise ValueError(f"{path}: not LPIPS' VGG weights, {name} is missing")
         weights.append(file[name].flatten().to(device))
-    if hashlib.md5(path.read_bytes()).hexdigest() != LPIPS_MD5:
-        print0(f"warning: {path} is not LPIPS' published file (md5 {LPIPS_MD5})")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != LPIPS_SHA256:
+        print0(f"warning: {path} is not LPIPS' published file (sha256 {LPIPS_SHA256})")
     return PerceptualLoss(VGGFeatures(args.vgg_weights).to(device), weights)
 
 
@@ -451,6 +456,7 @@ def evaluate_checkpoint(args, device):
     """--eval-only: print the numbers of --ckpt as JSON, and draw its sheet."""
     if args.ckpt is None:
         raise ValueError("--eval-only wants a decoder: pass --ckpt")
+    Path(args.out).mkdir(parents=True, exist_ok=True)  # an error now, not after the work
     # --stats comes with a bare released file, which does not name its encoder as ours do.
     encoder = args.encoder if args.stats else None
     rae = load_rae(args.ckpt, encoder, args.encoder_weights, args.stats, device)
@@ -474,13 +480,14 @@ def get_args():
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
     p.add_argument("--preset", choices=PRESETS, default="toy", help="the other flags' defaults")
     # images and the encoder
     p.add_argument("--data", help="toy, or a folder of images")
     p.add_argument("--val-data", help="folder to evaluate on; unset: --data")
     p.add_argument("--image-size", type=positive_int, help="pixels of the decoded image")
-    p.add_argument("--resize", type=int, help="short side before a random crop; unset: centre crop")
+    p.add_argument(
+        "--resize", type=positive_int, help="short side before a random crop; unset: centre crop"
+    )
     p.add_argument("--encoder", help="toy, dinov2-{s,b,l}, siglip2-b, mae-b, timm:MODEL or a file")
     p.add_argument("--encoder-weights", help="local file of the encoder's weights, in timm's names")
     # the decoder
@@ -488,7 +495,7 @@ def get_args():
     p.add_argument(
         "--upsample", type=positive_int, default=1, help="decoded px per encoded px (6.1)"
     )
-    p.add_argument("--noise-tau", type=float, default=0.8, help="latent noise, 0 for none")
+    p.add_argument("--noise-tau", type=number(0), default=0.8, help="latent noise, 0 for none")
     p.add_argument(
         "--noise-dist",
         choices=["uniform", "half-normal"],
@@ -501,11 +508,13 @@ def get_args():
     p.add_argument("--lpips-weights", help="local file of LPIPS' VGG weights (v0.1)")
     p.add_argument("--vgg-weights", help="local file of VGG16's weights, in timm's names")
     p.add_argument("--dino-weights", help="local file of DINO-S/8's weights, in timm's names")
-    p.add_argument("--perceptual", type=float, default=1.0, help="weight of the perceptual loss")
-    p.add_argument("--gan", type=float, help="weight of the GAN loss, 0 for none (paper: 0.75)")
+    p.add_argument(
+        "--perceptual", type=number(0), default=1.0, help="weight of the perceptual loss"
+    )
+    p.add_argument("--gan", type=number(0), help="weight of the GAN loss, 0 for none (paper: 0.75)")
     p.add_argument(
         "--starts",
-        type=float,
+        type=number(0, 1),
         nargs=3,
         default=[0, 0.375, 0.5],
         metavar=("LPIPS", "D", "GAN"),
@@ -519,12 +528,16 @@ def get_args():
         type=positive_int,
         help="images at once, in each process; unset: its whole share",
     )
-    p.add_argument("--lr", type=float, help="peak learning rate (paper: 2e-4)")
-    p.add_argument("--lr-end", type=float, help="learning rate at the end (paper: 2e-5)")
-    p.add_argument("--warmup", type=int, help="steps of linear warm-up (paper: 1 of 16 epochs)")
-    p.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.95], help="(paper: 0.5 0.9)")
-    p.add_argument("--ema", type=float, help="decay of the averaged weights (released: 0.9978)")
-    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument("--lr", type=number(0), help="peak learning rate (paper: 2e-4)")
+    p.add_argument("--lr-end", type=number(0), help="learning rate at the end (paper: 2e-5)")
+    p.add_argument("--warmup", type=natural, help="steps of linear warm-up (paper: 1 of 16 epochs)")
+    p.add_argument(
+        "--betas", type=number(0, 0.9999), nargs=2, default=[0.9, 0.95], help="(paper: 0.5 0.9)"
+    )
+    p.add_argument(
+        "--ema", type=number(0, 1), help="decay of the averaged weights (released: 0.9978)"
+    )
+    p.add_argument("--seed", type=natural, default=0, help="of everything random")
     # the machine
     devices = available_devices()
     p.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
@@ -538,7 +551,7 @@ def get_args():
         "--compile", action=argparse.BooleanOptionalAction, help="compile the decoder's blocks"
     )
     p.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
-    p.add_argument("--workers", type=int, help="processes that read images")
+    p.add_argument("--workers", type=natural, help="processes that read images")
     # evaluation, and what is written
     p.add_argument("--eval-only", action="store_true", help="print the numbers of --ckpt and stop")
     p.add_argument(
@@ -546,27 +559,25 @@ def get_args():
     )
     p.add_argument("--stats", help="with --eval-only: latent statistics of a bare released file")
     p.add_argument("--eval-num", type=positive_int, help="images to evaluate on")
-    p.add_argument("--eval-sigma", type=float, default=0.8, help="noise of the _noisy numbers")
+    p.add_argument("--eval-sigma", type=number(0), default=0.8, help="noise of the _noisy numbers")
     p.add_argument("--inception", help="file of the 2015 Inception weights, for rFID")
     p.add_argument("--out", default="out/decoder", help="folder of the run")
     p.add_argument("--log-every", type=positive_int, help="steps between lines of the log")
     p.add_argument("--eval-every", type=positive_int, help="steps between evaluations")
     p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
     p.add_argument(
-        "--keep-every", type=int, default=0, help="steps between kept EMA weights, 0: none"
+        "--keep-every", type=natural, default=0, help="steps between kept EMA weights, 0: none"
     )
 
-    # Parsed twice: once for --preset, then with the preset's values as the flags' defaults.
-    # (argparse reads defaults that are text by the flag's type. --help shows the toy's.)
-    p.set_defaults(**TOY)
-    p.set_defaults(**PRESETS[p.parse_args().preset])
-    args = p.parse_args()
+    args = parse_flags(p, PRESETS)
     if args.image_size % args.upsample != 0:
         raise ValueError(
             f"--image-size {args.image_size} is not a multiple of --upsample {args.upsample}"
         )
     if args.resize and args.resize < args.image_size:
         raise ValueError(f"--resize {args.resize} is below --image-size {args.image_size}")
+    if (args.ckpt or args.stats) and not args.eval_only:
+        raise ValueError("--ckpt and --stats are for --eval-only; to train from weights: --init")
     return args
 
 
@@ -621,6 +632,33 @@ def main():
     encoder_image_size = args.image_size // args.upsample
     encoder = build_encoder(args.encoder, encoder_image_size, args.encoder_weights).to(device)
 
+    # The decoder, and its average, copied before anything is compiled or wrapped.
+    torch.manual_seed(args.seed)  # for the initial weights; every later draw has a key of its own
+    patch_size = args.image_size // encoder.grid_size
+    decoder = Decoder(encoder.latent_dim, encoder.grid_size, patch_size, *DECODERS[args.size])
+    decoder.to(device)
+    if args.init:
+        init = load_released_decoder(read_file(released_file(args.init)), where=args.init)
+        load_strict(decoder, init.state_dict(), args.init)
+    decoder.checkpoint_activations = args.checkpoint_activations
+    ema = copy.deepcopy(decoder).requires_grad_(False).eval()
+    last_layer = decoder.decoder_pred.weight
+
+    # The frozen networks behind the losses, and the discriminator.
+    lpips = None
+    critic = encoder
+    if args.critics == "published":
+        lpips = load_lpips(args, device)
+        if args.gan > 0:
+            critic = build_encoder("dino-s8", 224, args.dino_weights, "--dino-weights").to(device)
+    perceptual_loss = lpips or PerceptualLoss(ViTFeatures(encoder))
+    if bf16:
+        critic = copy.deepcopy(critic)  # the encoder itself stays in float32
+        cast_matrices(critic)
+    features = ViTFeatures(critic)
+    discriminator = Discriminator(features.width, features.num_layers).to(device)
+    inception = load_inception(args.inception, device)[1] if args.inception else None
+
     # Resume, if the folder holds this very run: the same flags, images and encoder.
     out = Path(args.out)
     settings = vars(args) | {"images": data.fingerprint(), "encoder_hash": encoder.fingerprint()}
@@ -656,35 +694,9 @@ def main():
             save_file(stats, out / "stats.pt")
     mean = stats["mean"]
     var = stats["var"]
-
-    # The decoder, and its average, copied before anything is compiled or wrapped.
-    torch.manual_seed(args.seed)  # for the initial weights; every later draw has a key of its own
-    patch_size = args.image_size // encoder.grid_size
-    decoder = Decoder(encoder.latent_dim, encoder.grid_size, patch_size, *DECODERS[args.size])
-    if args.init:
-        init = load_released_decoder(read_file(released_file(args.init)), where=args.init)
-        load_strict(decoder, init.state_dict(), args.init)
-    decoder.checkpoint_activations = args.checkpoint_activations
-    ema = copy.deepcopy(decoder).requires_grad_(False).eval()
     rae = RAE(encoder, decoder, mean, var, args.noise_tau, args.noise_dist).to(device)
     rae.train()  # for `noised`; the encoder stays in eval mode by itself
     ema_rae = RAE(encoder, ema, mean, var).to(device)
-    last_layer = decoder.decoder_pred.weight
-
-    # The frozen networks behind the losses, and the discriminator.
-    lpips = None
-    critic = encoder
-    if args.critics == "published":
-        lpips = load_lpips(args, device)
-        if args.gan > 0:
-            critic = build_encoder("dino-s8", 224, args.dino_weights, "--dino-weights").to(device)
-    perceptual_loss = lpips or PerceptualLoss(ViTFeatures(encoder))
-    if bf16:
-        critic = copy.deepcopy(critic)  # the encoder itself stays in float32
-        cast_matrices(critic)
-    features = ViTFeatures(critic)
-    discriminator = Discriminator(features.width, features.num_layers).to(device)
-    inception = load_inception(args.inception, device)[1] if args.inception else None
 
     if args.compile:
         for layer in decoder.decoder_layers:
@@ -707,11 +719,12 @@ def main():
     loss_sums, taken, skipped = sums.split([len(loss_names), 1, 1])
 
     if checkpoint is not None:
-        decoder.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        discriminator.load_state_dict(checkpoint["discriminator"])
-        d_optimizer.load_state_dict(checkpoint["d_optimizer"])
+        path = out / "checkpoint.pt"
+        load_strict(decoder, checkpoint["model"], path)
+        load_strict(ema, checkpoint["ema"], path)
+        load_optimizer(optimizer, checkpoint["optimizer"], path)
+        load_strict(discriminator, checkpoint["discriminator"], path)
+        load_optimizer(d_optimizer, checkpoint["d_optimizer"], path)
         sums.copy_(checkpoint["sums"])
     resumed = checkpoint is not None
     del checkpoint, stats

@@ -35,10 +35,14 @@ from rae import (
     error_line,
     keyed_generator,
     keyed_noise,
+    load_optimizer,
     load_rae,
     load_strict,
+    natural,
+    number,
     open_data,
     open_log,
+    parse_flags,
     positive_int,
     print0,
     psnr,
@@ -145,7 +149,6 @@ def get_args():
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
     p.add_argument("--preset", choices=PRESETS, default="toy", help="the other flags' defaults")
     # images and their latents
     p.add_argument("--data", help="toy, or a folder of images whose subfolders are the classes")
@@ -167,10 +170,12 @@ def get_args():
         default="v",
         help="what the last layer gives: the velocity, or the clean latent; the loss is v's",
     )
-    p.add_argument("--alpha", type=float, help="schedule shift; ImageNet presets: sqrt(N C / 4096)")
+    p.add_argument(
+        "--alpha", type=number(1e-3), help="schedule shift; ImageNet presets: sqrt(N C / 4096)"
+    )
     p.add_argument("--time", choices=["logit-normal", "uniform"], default="logit-normal")
     p.add_argument(
-        "--label-drop", type=float, default=0.1, help="share of labels dropped, 1 for all"
+        "--label-drop", type=number(0, 1), default=0.1, help="share of labels dropped, 1 for all"
     )
     # the optimiser
     p.add_argument("--steps", type=positive_int, help="optimiser steps")
@@ -180,12 +185,14 @@ def get_args():
         type=positive_int,
         help="images at once, in each process; unset: its whole share",
     )
-    p.add_argument("--lr", type=float, help="peak learning rate (paper: 2e-4)")
-    p.add_argument("--lr-end", type=float, help="learning rate at the end (paper: 2e-5)")
-    p.add_argument("--hold", type=int, help="steps before the rate falls (paper: 40 of 800 epochs)")
-    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm, 0 for any")
-    p.add_argument("--ema", type=float, help="decay of the averaged weights (paper: 0.9995)")
-    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument("--lr", type=number(0), help="peak learning rate (paper: 2e-4)")
+    p.add_argument("--lr-end", type=number(0), help="learning rate at the end (paper: 2e-5)")
+    p.add_argument(
+        "--hold", type=natural, help="steps before the rate falls (paper: 40 of 800 epochs)"
+    )
+    p.add_argument("--clip", type=number(0), default=1.0, help="largest gradient norm, 0 for any")
+    p.add_argument("--ema", type=number(0, 1), help="decay of the averaged weights (paper: 0.9995)")
+    p.add_argument("--seed", type=natural, default=0, help="of everything random")
     # the machine
     devices = available_devices()
     p.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
@@ -199,22 +206,18 @@ def get_args():
         "--compile", action=argparse.BooleanOptionalAction, help="compile the model's blocks"
     )
     p.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
-    p.add_argument("--workers", type=int, help="processes that read images")
+    p.add_argument("--workers", type=natural, help="processes that read images")
     # what is written
     p.add_argument("--out", default="out/diffusion", help="folder of the run")
     p.add_argument("--log-every", type=positive_int, help="steps between lines of the log")
     p.add_argument("--sample-every", type=positive_int, help="steps between sheets of samples")
-    p.add_argument("--cfg-scale", type=float, help="classifier-free guidance of these samples")
+    p.add_argument("--cfg-scale", type=number(0), help="classifier-free guidance of these samples")
     p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
     p.add_argument(
-        "--keep-every", type=int, default=0, help="steps between kept EMA weights, 0: none"
+        "--keep-every", type=natural, default=0, help="steps between kept EMA weights, 0: none"
     )
 
-    # Parsed twice: once for --preset, then with the preset's values as the flags' defaults.
-    # (argparse reads defaults that are text by the flag's type. --help shows the toy's.)
-    p.set_defaults(**TOY)
-    p.set_defaults(**PRESETS[p.parse_args().preset])
-    return p.parse_args()
+    return parse_flags(p, PRESETS)
 
 
 def learning_rate(step, args):
@@ -342,9 +345,9 @@ def main():
     if resumed:
         checkpoint = read_file(out / "checkpoint.pt")
         check_same_run(out, checkpoint.get("args", {}), settings, MAY_CHANGE)
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_strict(model, checkpoint["model"], out / "checkpoint.pt")
+        load_strict(ema, checkpoint["ema"], out / "checkpoint.pt")
+        load_optimizer(optimizer, checkpoint["optimizer"], out / "checkpoint.pt")
         sums.copy_(checkpoint["sums"])
         first_step = checkpoint["step"]
         del checkpoint

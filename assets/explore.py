@@ -26,8 +26,11 @@ from rae import (  # noqa: E402
     error_line,
     keyed_noise,
     load_rae,
+    natural,
+    number,
     open_data,
     open_image,
+    parse_flags,
     positive_int,
     read_images,
     save_sheet,
@@ -45,7 +48,6 @@ def get_args():
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
     # what to do
     task = p.add_mutually_exclusive_group(required=True)
     task.add_argument("--like", metavar="IMAGE", help="edit an image: one picture a class")
@@ -64,12 +66,12 @@ def get_args():
         type=class_list,
         help="such as 0,3,7, or null; unset: all, but null with --interpolate",
     )
-    p.add_argument("--strength", type=float, default=0.6, help="time to noise an image to, 0 to 1")
+    p.add_argument("--strength", type=number(0, 1), default=0.6, help="time to noise an image to")
     p.add_argument("--steps", type=positive_int, default=50, help="evaluations")
-    p.add_argument("--cfg-scale", type=float, default=1.5, help="guidance, 1 for none")
-    p.add_argument("--seed", type=int, default=0, help="of the noise")
+    p.add_argument("--cfg-scale", type=number(0), default=1.5, help="guidance, 1 for none")
+    p.add_argument("--seed", type=natural, default=0, help="of the noise")
     p.add_argument("--out", default="out/explore.png", help="the picture to write")
-    return p.parse_args()
+    return parse_flags(p)
 
 
 def load_images(paths, size, device):
@@ -111,11 +113,10 @@ def find_neighbours(encoder, images, data, batch_size=256):
 
 def main():
     args = get_args()
-    if not 0 <= args.strength <= 1:
-        raise ValueError(f"--strength {args.strength}: wants a time from 0 to 1")
     out = Path(args.out)
-    if out.suffix != ".png":
+    if out.suffix != ".png" or out.is_dir():
         raise ValueError(f"--out {out}: wants a .png")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
     # The model, and the autoencoder in whose latents it was trained.
     device = torch.device(available_devices()[0])

@@ -26,7 +26,10 @@ from rae import (  # noqa: E402
     available_devices,
     error_line,
     keyed_generator,
+    natural,
+    number,
     open_data,
+    parse_flags,
     positive_int,
     save_file,
 )
@@ -77,7 +80,6 @@ def get_args():
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
     p.add_argument("--data", default="toy", help="toy, or a folder of images")
     p.add_argument("--out", default="out/encoder.pt", help="the file to write")
     # the encoder
@@ -87,14 +89,14 @@ def get_args():
     p.add_argument("--depth", type=positive_int, default=4, help="blocks")
     p.add_argument("--heads", type=positive_int, default=4, help="attention heads")
     # its training
-    p.add_argument("--mask", type=float, default=0.5, help="share of hidden patches")
+    p.add_argument("--mask", type=number(0, 1), default=0.5, help="share of hidden patches")
     p.add_argument("--steps", type=positive_int, default=1500, help="optimiser steps")
     p.add_argument("--batch-size", type=positive_int, default=128, help="images a step")
-    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument("--lr", type=number(0), default=2e-3, help="peak learning rate")
+    p.add_argument("--seed", type=natural, default=0, help="of everything random")
     devices = available_devices()
     p.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
-    return p.parse_args()
+    return parse_flags(p)
 
 
 def learning_rate(step, args):
@@ -113,6 +115,7 @@ def main():
     out = Path(args.out)
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it or pass another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after the work
 
     # The model. The config goes into the file, and rae.build_encoder makes the same ViT of it.
     from timm.models.vision_transformer import VisionTransformer
@@ -163,7 +166,6 @@ def main():
 
     # Colours of [0, 1] become the [-1, 1] of this training by a mean and deviation of 0.5.
     state = {name: weight.cpu() for name, weight in model.vit.state_dict().items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
     half = (0.5, 0.5, 0.5)
     save_file({"vit": config, "mean": half, "std": half, "state_dict": state}, out)
     print(f"wrote {out} after {time.time() - began:.0f} s")

@@ -53,8 +53,9 @@ def run(monkeypatch, tmp_path, capsys):
         name = "script_" + Path(script).stem
         spec = importlib.util.spec_from_file_location(name, ROOT / script)
         module = importlib.util.module_from_spec(spec)
-        extra = TINY[script] if tiny else ""
-        monkeypatch.setattr(sys, "argv", [script, *f"{arguments} {extra}".split()])
+        words = arguments.split() if isinstance(arguments, str) else arguments
+        extra = TINY[script].split() if tiny else []
+        monkeypatch.setattr(sys, "argv", [script, *words, *extra])
         spec.loader.exec_module(module)
         capsys.readouterr()
         try:

@@ -129,8 +129,8 @@ MISTAKES = {
     "--like photo.png --ckpt bare.pt": "does not name its decoder; pass --decoder",
     "--like photo.png --classes 3,10": "out of range 0 to 9",
     "--like photo.png --classes x": "argument --classes: invalid class_list value",
-    "--like photo.png --strength 1.1": "wants a time from 0 to 1",
-    "--like photo.png --steps 0": "argument --steps: invalid positive_int value",
+    "--like photo.png --strength 1.1": "wants a number from 0 to 1",
+    "--like photo.png --steps 0": "argument --steps: '0': wants a whole number from 1",
     "--like photo.png --out x.npz": "wants a .png",
     f"--like photo.png --classes {','.join('1' * 101)}": "101 classes do not fit a sheet",
 }

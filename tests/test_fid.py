@@ -522,7 +522,7 @@ def test_mistakes(run, sides, inception_file, tmp_path):
         (f"a {weights} --save c", "--save c: wants a name that ends in .npz"),
         (f"big b.npz {weights}", "big and b.npz have 32 and 48 px; pass --crop"),
         (f"uneven b.npz {weights}", "32 and mixed px"),
-        (f"broken a {weights}", "broken/1.png: cannot be read as an image"),
+        (f"broken a {weights}", "broken/1.png: not readable as an image"),
         (f"a nan.npz {weights}", "nan.npz: mu is not finite throughout"),
         (f"a b {weights} --metrics fid,kid", "--metrics fid,kid: wants some of"),
         (f"a b {weights} --num 1", "a: 1 images; a distance needs two"),
@@ -533,7 +533,7 @@ def test_mistakes(run, sides, inception_file, tmp_path):
         ("a b --features toy", "--features toy: wants inception or encoder:NAME"),
         ("uneven uneven --features encoder:toy", "wants square images of one size; pass --crop"),
         (f"a b --weights {tmp_path}/nan.npz", "not the Inception weights"),
-        ("a b --batch-size many", "--batch-size: invalid"),
+        ("a b --batch-size many", "--batch-size: .many.: wants a whole number"),
         ("a b --batch 4", "unrecognized arguments: --batch 4"),
     ]
     for arguments, message in cases:

@@ -1,5 +1,6 @@
 """rae.py: images, the toy world, encoder, noise, statistics, files, and what the scripts share."""
 
+import argparse
 import copy
 import json
 import os
@@ -149,6 +150,83 @@ def test_a_large_folder_opens_quickly(tmp_path):
     assert (images, classes) == (200000, 1000)
     assert seconds < 4
     assert held < 60e6
+
+
+def test_images_of_every_depth_turn_and_transparency(tmp_path):
+    """16 bits keep their range, EXIF turns, what is transparent is white; 32 bits are refused."""
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    pixels = np.asarray(R.open_image(tmp_path / "deep.png"))
+    assert np.abs(pixels[..., 0] - ramp / 257).max() < 1
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to look at it
+    image = Image.new("RGB", (10, 4))
+    image.putpixel((0, 0), (255, 255, 255))
+    image.save(tmp_path / "turned.png", exif=exif)
+    turned = R.open_image(tmp_path / "turned.png")
+    assert turned.size == (4, 10)
+    assert turned.getpixel((3, 0)) == (255, 255, 255)
+
+    half = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    half.putpixel((1, 1), (0, 0, 0, 255))
+    half.save(tmp_path / "clear.png")
+    clear = R.open_image(tmp_path / "clear.png")
+    assert clear.getpixel((0, 0)) == (255, 255, 255)
+    assert clear.getpixel((1, 1)) == (0, 0, 0)
+
+    Image.new("F", (4, 4)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="float.tif: not readable.*32 bits"):
+        R.open_image(tmp_path / "float.tif")
+
+
+def test_thin_images_stay_small():
+    """Of a line of 1 x 65,000 pixels the middle is cropped, and then resized."""
+    line = Image.new("RGB", (1, 65000))
+    line.putpixel((0, 32500), (255, 255, 255))
+    for crop in (R.center_crop(line, 32), R.random_crop(line, 32, 40, np.random.default_rng(0))):
+        assert crop.size == (32, 32)
+    assert R.shorten(line).size == (1, 16)
+    assert np.asarray(R.shorten(line)).max() == 255
+
+
+READING = """
+import resource, sys
+import rae
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rae.center_crop(rae.open_image(sys.argv[1]), 256)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "I;16"])
+def test_the_largest_images_take_less_than_a_gigabyte(tmp_path, mode):
+    path = tmp_path / "large.png"
+    Image.new(mode, (2**13, R.MAX_PIXELS // 2**13)).save(path)
+    command = [sys.executable, "-c", READING, path]
+    gigabytes = float(subprocess.check_output(command, cwd=ROOT))
+    assert 0.1 < gigabytes < 1
+    Image.new("1", (2**13 + 1, R.MAX_PIXELS // 2**13)).save(path)
+    with pytest.raises(ValueError, match="8193 x 8192 pixels; reduce it first"):
+        R.open_image(path)
+
+
+def test_a_folder_says_what_it_skips(tmp_path, capsys):
+    save_images(tmp_path / "a", 2)
+    (tmp_path / "a" / "notes.txt").write_text("")
+    assert len(R.ImageFolder(tmp_path, 32)) == 2
+    assert "skipped 1 files, no images by name, as 'notes.txt'" in capsys.readouterr().out
+
+
+def test_what_is_not_finite_is_neither_saved_nor_drawn(tmp_path):
+    R.save_file({"ema": {"w": torch.ones(2)}}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a.pt: ema: w is not finite"):
+        R.save_file({"ema": {"w": torch.tensor([1, torch.nan])}}, tmp_path / "a.pt")
+    assert R.read_file(tmp_path / "a.pt")["ema"]["w"].tolist() == [1, 1]
+    with pytest.raises(ValueError, match="pictures that are not finite"):
+        R.save_sheet(torch.full((1, 3, 8, 8), torch.nan), tmp_path / "a.png", 1)
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_broken_images_are_named(tmp_path):
@@ -781,8 +859,8 @@ def test_a_run_with_other_settings_is_named():
 def test_sheet(tmp_path):
     """Seven images of 16 px in three columns: frames, a zoom of 4, and two white places."""
     images = torch.rand(7, 3, 16, 16)
-    R.save_sheet(images, tmp_path / "new" / "x.png", columns=3)
-    sheet = Image.open(tmp_path / "new" / "x.png")
+    R.save_sheet(images, tmp_path / "x.png", columns=3)
+    sheet = Image.open(tmp_path / "x.png")
     assert sheet.size == (3 * 18 * 4, 3 * 18 * 4)
     pixels = np.asarray(sheet)[::4, ::4]  # (54, 54, 3)
     fifth = pixels[19:35, 19:35]  # the middle
@@ -796,17 +874,25 @@ def test_psnr():
     assert torch.allclose(R.psnr(a + error, a), torch.tensor([20.0, 0.0]), atol=1e-4)
 
 
-def test_positive_int():
+def test_number():
     assert R.positive_int("7") == 7
-    for text in ("0", "-1", "1.5", "x"):
-        with pytest.raises(ValueError):
+    assert R.number(0, 1)("0.5") == 0.5
+    for text in ("0", "-1", "1.5", "x", "1e400"):
+        with pytest.raises(argparse.ArgumentTypeError, match="whole number from 1"):
             R.positive_int(text)
+    for text in ("nan", "inf", "-0.1", "1.1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="number from 0 to 1"):
+            R.number(0, 1)(text)
 
 
-def test_an_error_is_one_line():
+def test_an_error_is_one_line(monkeypatch):
     assert R.error_line(ValueError("x.pt: no such file")) == "error: x.pt: no such file"
     worker = ValueError(
         "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
         "last):\n  ...\nValueError: 7.png: not readable as an image\n"
     )
     assert R.error_line(worker) == "error: 7.png: not readable as an image"
+    library = ValueError("a.pt: not readable (line one\n  line two)")
+    assert R.error_line(library) == "error: a.pt: not readable (line one line two)"
+    monkeypatch.setenv("RANK", "3")
+    assert R.error_line(ValueError("a")) == "error of process 3: a"
