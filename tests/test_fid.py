@@ -495,8 +495,8 @@ def test_an_error_in_one_process_ends_both(tmp_path):
     (tmp_path / "broken" / "69" / "0.png").write_text("text")
     done = launch(TWO, "broken toy --batch-size 5", tmp_path)
     assert done.returncode != 0
-    assert "error: " in done.stderr
-    assert "broken/69/0.png: cannot be read as an image" in done.stderr
+    assert "error of process 1: " in done.stderr
+    assert "broken/69/0.png: not readable as an image" in done.stderr
 
 
 def test_mistakes(run, sides, inception_file, tmp_path):

@@ -315,7 +315,7 @@ def test_an_error_in_one_process_of_two_ends_both(tmp_path, script):
     said = process.communicate(timeout=120)[0]
     assert process.returncode != 0
     assert time.time() - began < 60
-    assert re.search(r"^error: .*/7.png: not readable as an image", said, re.M), said
+    assert re.search(r"^error of process \d: .*/7.png: not readable as an image", said, re.M), said
 
 
 # ---------------------------------------------------------------------------------------------
@@ -387,7 +387,7 @@ def test_a_killed_run_resumes_exactly(tmp_path, script, world, moments):
     said = whole.communicate()[0]
     assert whole.returncode == 0, said
     out = tmp_path / "killed"
-    temporary = out / "checkpoint.tmp"
+    temporary = out / "checkpoint.pt.tmp"
     rng = random.Random(f"{script}{world}")
     for moment in moments:
         hit = False
@@ -486,7 +486,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(run, every_checkpoint):  # noqa: F
     )
     assert re.fullmatch(message, done.stderr), done.stderr
     assert open("run/checkpoint.pt", "rb").read() == before
-    assert not os.path.exists("run/checkpoint.tmp")
+    assert not os.path.exists("run/checkpoint.pt.tmp")
 
 
 # ---------------------------------------------------------------------------------------------
