@@ -764,10 +764,11 @@ def released_file(name, statistics=False):
     from huggingface_hub import hf_hub_download
 
     repository = "nyu-visionx/RAE-collections"
+    revision = "1be4f03273523431f099a934da4cf1940dc6039f"
     file = files[short][1 if statistics else 0]
-    print0(f"{name}: {file} of huggingface.co/{repository}, fetched once")
+    print0(f"{name}: {file} of huggingface.co/{repository} at {revision[:8]}, fetched once")
     try:
-        return hf_hub_download(repository, file)
+        return hf_hub_download(repository, file, revision=revision)
     except Exception as error:
         raise ValueError(
             f"{name}: cannot be fetched ({type(error).__name__}); download {file} of "

@@ -40,7 +40,7 @@ from rae import DECODERS, Decoder, Encoder, update_ema  # noqa: E402
 HEAD = (SIZES["G"][0], 2, SIZES["G"][2])
 # name: latent_dim, grid_size, backbone, wide_head, batch on a CPU, batch on a GPU
 CASES = {
-    "toy": (128, 4, (96, 5, 3), (192, 1, 4), 64, 1024),
+    "toy": (128, 4, (64, 8, 2), (128, 1, 4), 64, 1024),
     "tokens64": (128, 8, (128, 4, 4), (256, 2, 8), 64, 1024),
 }
 for size in ("S", "B", "L", "XL"):

@@ -609,11 +609,12 @@ def test_released_names(monkeypatch):
 
     asked = []
 
-    def download(repository, file):
+    def download(repository, file, revision):
+        assert re.fullmatch("[0-9a-f]{40}", revision)
         asked.append((repository, file))
         return "x"
 
-    def offline(repository, file):
+    def offline(repository, file, revision):
         raise ConnectionError
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
