@@ -23,6 +23,15 @@ TINY = {
 }
 
 
+# The README, and the pages that it links.
+DOCS = [ROOT / "README.md", *sorted((ROOT / "assets").glob("*.md"))]
+
+
+def docs():
+    """The text of all of them."""
+    return "\n".join(path.read_text() for path in DOCS)
+
+
 def pytest_configure(config):
     marker = "slow: takes minutes; run by .ci/run and by pytest -m slow"
     config.addinivalue_line("markers", marker)

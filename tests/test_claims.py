@@ -63,9 +63,3 @@ def test_costs_are_the_papers():
     }
     for name, count in paper.items():
         assert counts[name] == pytest.approx(count, rel=0.005), name
-
-
-def test_claims_links_are_alive():
-    text = (ROOT / "assets/claims.md").read_text()
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        assert (ROOT / "assets" / target).is_file(), target

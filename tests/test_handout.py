@@ -59,17 +59,17 @@ def results(copy, exercises):
 def test_the_table_names_what_is_there():
     assert len(EXERCISES) == 8
     assert len(set(FUNCTIONS)) == len(FUNCTIONS)
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "assets/course.md").read_text()
     for file, name in FUNCTIONS:
         node = find((ROOT / file).read_text(), name)
         assert ast.get_docstring(node), name
         assert len(node.body) > 1, name
-        assert f"`{name}`" in readme
+        assert f"`{name}`" in page
     for exercise in EXERCISES:
         for test in exercise["tests"]:
             file, name = test.split("::")
             assert find((ROOT / file).read_text(), name)
-            assert f" {name}" in readme
+            assert f" {name}" in page
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import DOCS, ROOT, TINY, docs
 from PIL import Image
 from test_rae import save_images
 
@@ -24,8 +24,8 @@ DIFFUSION = "out/diffusion/checkpoint.pt"
 
 
 def readme_commands():
-    """Every python or torchrun command of the README's bash blocks, as (script, arguments)."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    """Every python or torchrun command in the docs' bash blocks, as (script, arguments)."""
+    blocks = re.findall(r"```bash\n(.*?)```", docs(), re.S)
     text = "\n".join(blocks).replace("\\\n", " ")
     pattern = r"^(?:python|torchrun(?: --\S+)*) +((?:assets/|tests/)?\w+\.py) *([^#\n&]*)"
     found = re.findall(pattern, text, re.M)
@@ -93,7 +93,7 @@ def test_readme_commands(run, photos):
     assert {script for script, _ in commands} == set(TINY), "each script has a command"
     for script, arguments in commands:
         run(script, arguments)
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+    for block in re.findall(r"```python\n(.*?)```", docs(), re.S):
         exec(block, {})  # the export to the released names
     assert load("stage2_model.pt").keys() == load(DIFFUSION)["ema"].keys()
     assert Image.open("out/samples.png").size[0] > 300
@@ -116,8 +116,23 @@ def test_presets_have_the_papers_epochs():
         assert preset["warmup"] == 2502
 
 
+def test_links_are_alive():
+    """To files, and to headings as GitHub names them."""
+    for page in DOCS:
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            if target.startswith("https://"):
+                continue
+            name, _, heading = target.partition("#")
+            path = page.parent / name if name else page
+            assert path.exists(), (page.name, target)
+            if heading:
+                titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+                anchors = [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
+                assert heading in anchors, (page.name, target)
+
+
 def test_readme_names_tests_that_are_there():
-    named = set(re.findall(r"\btest_\w+", (ROOT / "README.md").read_text()))
+    named = set(re.findall(r"\btest_\w+", docs()))
     sources = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
     there = set(re.findall(r"def (test_\w+)", sources))
     there |= {path.stem for path in (ROOT / "tests").glob("*.py")}

@@ -678,8 +678,8 @@ def bench(*arguments):
 
 
 @pytest.mark.slow
-def test_the_presets_fit_and_the_readme_says_what_does():
-    """On fake tensors: the memory of a step at the presets' micro-batches, and the README's table
+def test_the_presets_fit_and_the_page_says_what_does():
+    """On fake tensors: the memory of a step at the presets' micro-batches, and the table
     of images at once.
     """
     result = bench("--sizes", "S,XL", "--seconds", "0")
@@ -687,15 +687,15 @@ def test_the_presets_fit_and_the_readme_says_what_does():
         print({k: round(v, 1) if isinstance(v, float) else v for k, v in row.items()})
         assert 40 < row["gb"] < 75, "of 80"
     assert len(result["presets"]) == 4
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "assets/speed.md").read_text()
     for row in result["presets"]:
         images = row["images"].removeprefix("1 x ")
-        assert f"| {images} | {row['gb']:.0f} | {row['tflop']:.0f} |" in readme
+        assert f"| {images} | {row['gb']:.0f} | {row['tflop']:.0f} |" in page
     for row in result["fits"]:
         flag = ", `--checkpoint-activations`" if row["checkpointed"] else ""
         name = "decoder ViT-XL" if row["size"] == "decoder" else f"DiT^DH-{row['size']}"
         numbers = " | ".join(str(row[f"{gb} GB"]) for gb in (24, 48, 80))
-        assert f"| {name}, {row['px']} px{flag} | {numbers} |" in readme
+        assert f"| {name}, {row['px']} px{flag} | {numbers} |" in page
     assert len(result["fits"]) == 10
 
 
