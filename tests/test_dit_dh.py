@@ -109,6 +109,7 @@ def test_draw_time():
 
     ends = torch.tensor([0.0, 1 - 2**-24])  # the least and the largest that torch.rand draws
     assert torch.isfinite(draw_time(ends)).all()
+    assert draw_time(torch.ones(1)).item() == pytest.approx(0.999)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,6 +187,31 @@ def test_loss_is_zero_for_the_true_velocity():
     loss = flow_loss(model, z, y, 2.0)  # t and noise drawn inside
     assert loss.shape == (3,)
     assert loss.max() < 1e-4
+
+
+class Notes(torch.nn.Module):
+    """It keeps its last inputs, and says that nothing moves."""
+
+    def forward(self, x_t, t, y):
+        self.x_t = x_t
+        self.t = t
+        return torch.zeros_like(x_t)
+
+
+def test_the_loss_draws_times_and_noise():
+    """A logit-normal time for each image, shifted, and normal noise; bounds of five deviations."""
+    model = Notes()
+    z = torch.zeros(4000, 2, 3)
+    loss = flow_loss(model, z, torch.zeros(4000, dtype=torch.long), 3.0)
+    logit = torch.logit(shift_time(model.t.double(), 1 / 3))
+    assert abs(logit.mean()) < 0.08
+    assert abs(logit.std() - 1) < 0.06
+    noise = model.x_t / model.t[:, None, None]
+    assert abs(noise.mean()) < 0.04
+    assert abs(noise.std() - 1) < 0.03
+    assert abs(noise.pow(4).mean() - 3) < 0.4, "normal: 3; uniform numbers have 1.8"
+    assert (noise[0] != noise[1]).all()
+    assert gap(loss.float(), noise.square().mean(dim=(1, 2))) < 1e-3
 
 
 # ---------------------------------------------------------------------------------------------

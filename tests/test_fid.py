@@ -137,6 +137,23 @@ def test_frechet_distance_of_gaussians():
     mu, sigma = mean_and_covariance(rng.normal(size=(20, d)))
     assert abs(frechet_distance(mu, sigma, mu, sigma)) < 1e-6
 
+    # Two covariances that do not commute: for 2 x 2 the root's trace has a closed form.
+    a = np.array([[2.0, 1.0], [1.0, 3.0]])
+    b = np.array([[4.0, -1.0], [-1.0, 0.5]])
+    root = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a) * np.linalg.det(b)))
+    zero = np.zeros(2)
+    got = frechet_distance(zero, a, zero, b)
+    assert got == pytest.approx(np.trace(a) + np.trace(b) - 2 * root, rel=1e-9)
+
+    # Fewer images than features: the root's trace is the sum of these singular values.
+    x = rng.normal(size=(5, 40))
+    y = rng.normal(size=(7, 40))
+    (mu1, sigma1), (mu2, sigma2) = mean_and_covariance(x), mean_and_covariance(y)
+    product = (x - mu1) @ (y - mu2).T / np.sqrt(4 * 6)
+    root = np.linalg.svd(product, compute_uv=False).sum()
+    closed = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root
+    assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(closed, rel=1e-4)
+
 
 def test_inception_score_closed_forms():
     uniform = torch.zeros(16, 1008)

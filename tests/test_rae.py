@@ -376,23 +376,30 @@ def test_without_statistics_the_latent_is_the_raw_tokens(toy):
 )
 def test_noise_in_training_only(toy, dist, mean):
     """The bounds are five standard deviations or more of what 2,000 images leave to chance."""
-    rae = R.RAE(toy.encoder, toy.decoder, tau=0.8, noise_dist=dist)
-    tokens = torch.zeros(2000, 16, 128)
-    noise = rae.train().noised(tokens)
+    var = torch.full((128, 4, 4), 9.0)  # not heeded: the noise is of raw tokens
+    rae = R.RAE(toy.encoder, toy.decoder, var=var, tau=0.8, noise_dist=dist)
+    tokens = torch.ones(2000, 16, 128)
+    noise = rae.train().noised(tokens) - tokens
     sigma = noise.std(dim=(1, 2))  # (2000,), each to 2%
     assert abs(sigma.mean() - mean) < 0.06
     assert sigma.std() > 0.2, "every image has a sigma of its own"
     assert (sigma.max() < 0.92) == (dist == "uniform")
-    assert abs((noise / sigma[:, None, None]).mean()) < 0.01
+    of_tokens = noise.std(dim=2) / sigma[:, None]  # (2000, 16), each to 6%
+    assert (of_tokens - 1).abs().max() < 0.4, "all tokens of an image share its sigma"
+    normal = noise / sigma[:, None, None]
+    assert abs(normal.mean()) < 0.01
+    assert abs((normal[0] * normal[1]).mean()) < 0.12, "every image has noise of its own"
 
-    assert rae.eval().noised(tokens) is tokens
-    assert R.RAE(toy.encoder, toy.decoder, tau=0.0).train().noised(tokens) is tokens
+    assert torch.equal(rae.eval().noised(tokens), tokens)
+    assert torch.equal(R.RAE(toy.encoder, toy.decoder, tau=0.0).train().noised(tokens), tokens)
 
     # Noise belongs to the image, not to the batch.
     rae.train()
     four = rae.noised(tokens[:4], [R.keyed_generator("cpu", 1, i) for i in range(4)])
     two = rae.noised(tokens[:2], [R.keyed_generator("cpu", 1, i) for i in range(2, 4)])
     assert torch.equal(four[2:], two)
+    assert len({image.std().item() for image in four}) == 4
+    assert four.std(dim=(1, 2)).min() > 0
 
 
 @pytest.mark.parametrize("batch_size, num", [(7, 29), (4, 33), (100, 30)])
@@ -749,18 +756,30 @@ def test_batches_are_dealt_in_turn(monkeypatch):
 
 
 def test_ema_warms_up_and_is_no_alias():
-    model = torch.nn.Linear(2, 2)
-    ema = torch.nn.Linear(2, 2)
-    start = ema.weight.detach().clone()
-    target = model.weight.detach().clone()
-    R.update_ema(ema, model, 0.999, 0)
-    assert gap(ema.weight.detach(), 0.1 * start + 0.9 * target) < 1e-6  # d = 1 / 10
+    """All parameters of all layers, weights and biases."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    ema = copy.deepcopy(model)
+    for p in ema.parameters():
+        torch.nn.init.normal_(p)
 
-    before = ema.weight.detach().clone()
-    model.weight.data.zero_()
-    assert torch.equal(ema.weight, before)
+    def weights(network):
+        return torch.cat([p.detach().flatten() for p in network.parameters()])  # a copy
+
+    start = weights(ema)
+    target = weights(model)
+    R.update_ema(ema, model, 0.999, 0)
+    assert gap(weights(ema), 0.1 * start + 0.9 * target) < 1e-6  # d = 1 / 10
+    before = weights(ema)
+    R.update_ema(ema, model, 0.999, 20)
+    assert gap(weights(ema), 0.7 * before + 0.3 * target) < 1e-6  # d = 21 / 30
+    assert torch.equal(weights(model), target)
+
+    before = weights(ema)
+    for p in model.parameters():
+        p.data.zero_()
+    assert torch.equal(weights(ema), before)
     R.update_ema(ema, model, 0.5, 10**6)
-    assert gap(ema.weight.detach(), 0.5 * before) < 1e-6
+    assert gap(weights(ema), 0.5 * before) < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------

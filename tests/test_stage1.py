@@ -242,6 +242,10 @@ def test_adaptive_weight_by_hand():
     weight = T.adaptive_weight(g_rec, g_gan)
     assert weight.item() == pytest.approx(18**0.5 / (2 + 1e-6), rel=1e-6)
     assert T.adaptive_weight(g_rec, 0 * g_gan).item() == 1e4
+    assert T.adaptive_weight(1e6 * g_rec, g_gan).item() == 1e4
+    assert T.adaptive_weight(2e3 * g_rec, g_gan).item() == pytest.approx(2e3 * 18**0.5 / 2)
+    assert T.adaptive_weight(0 * g_rec, 0 * g_gan).item() == 0
+    assert not T.adaptive_weight(g_rec.requires_grad_(), g_gan.requires_grad_()).requires_grad
 
 
 def test_learning_rate_of_the_published_discriminator():

@@ -1,0 +1,187 @@
+"""The instructor's tests of an exercise: a student's functions against ours, on other inputs.
+
+    python tests/hidden.py reference 5      # exercise 5 of the tree it lies in; exit code 0 or 1
+
+`reference` is a folder of our own files. Both versions get the same inputs and random numbers.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def normal(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def small_model(m, wide_head=(24, 1, 2)):
+    """A DiTDH of the module m with weights off zero."""
+    model = m.DiTDH(10, 3, (8, 2, 2), wide_head, num_classes=4)
+    for i, p in enumerate(model.parameters()):
+        p.data = 0.3 * normal(i, *p.shape)
+    return model
+
+
+class Images(torch.utils.data.Dataset):
+    """Eleven images for latent_statistics."""
+
+    def __len__(self):
+        return 11
+
+    def __getitem__(self, index):
+        return np.random.default_rng(index).integers(256, size=(3, 8, 8), dtype=np.uint8)
+
+
+class Patches(torch.nn.Module):
+    """An encoder of 2 x 2 tokens: their first two colours, not alike in place and mirror image."""
+
+    grid_size = 2
+    latent_dim = 2
+
+    def forward(self, images):
+        tokens = torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2)  # (B, 4, 48)
+        return tokens[..., :2] * torch.arange(1, 5)[:, None]
+
+
+def statistics(m):
+    return m.latent_statistics(Patches(), Images(), 4, "cpu")
+
+
+def time_and_loss(m):
+    u = torch.rand(50, generator=torch.Generator().manual_seed(5))
+    model = small_model(m)
+    z = normal(1, 6, 9, 10)
+    y = torch.tensor([0, 1, 2, 3, 4, 0])
+    loss = m.flow_loss(model, z, y, 1.7, u[:6], normal(2, 6, 9, 10))
+    return m.draw_time(u), m.draw_time(u, "uniform"), loss
+
+
+def velocities(m):
+    x = normal(3, 5, 9, 10)
+    t = torch.tensor([0.01, 0.3, 0.5, 0.9, 1.0])
+    y = torch.tensor([4, 1, 0, 3, 2])
+    return small_model(m)(x, t, y), small_model(m, None)(x, t, y)
+
+
+def rotations(m):
+    return m.Rope(12, 4)(normal(4, 2, 3, 16, 12)), m.Rope(4, 2)(normal(5, 4, 4))
+
+
+def shifts(m):
+    alphas = torch.tensor([m.shift_alpha(n, c) for n, c in ((64, 32), (100, 700), (1024, 1024))])
+    t = torch.linspace(0, 1, 9)
+    grids = (m.time_grid(3, 5.0), m.time_grid(7, 1.0, 0.2, 0.9), m.time_grid(2, 2.5, 0.1, 0.5))
+    return alphas, m.shift_time(t, 0.4), m.shift_time(t, 9.0), *grids
+
+
+def average(m):
+    ema = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Linear(4, 5))
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Linear(4, 5))
+    for i, p in enumerate([*ema.parameters(), *model.parameters()]):
+        p.data = normal(i, *p.shape)
+    for step in (0, 3, 500, 10**5):
+        m.update_ema(ema, model, 0.97, step)
+    return tuple(p.detach() for p in ema.parameters())
+
+
+def samples(m):
+    model = small_model(m)
+    guide = small_model(m, None)
+    x = normal(6, 3, 9, 10)
+    y = torch.tensor([1, 4, 2])
+    t = torch.tensor([1.0, 0.9, 0.55, 0.3, 0.0])
+    return (
+        m.sample(model, x, y, t),
+        m.sample(model, x, y, t, cfg_scale=2.5),
+        m.sample(model, x, y, t, cfg_scale=0.5, interval=(0.3, 0.6)),
+        m.sample(model, x, y, t, guide=guide, guide_scale=3.0, interval=(0.2, 1.0)),
+    )
+
+
+def distances(m):
+    rng = np.random.default_rng(8)
+    result = []
+    for n, d in ((50, 3), (6, 30), (200, 20)):
+        a = m.mean_and_covariance(rng.normal(size=(n, d)) @ rng.normal(size=(d, d)))
+        b = m.mean_and_covariance(rng.normal(size=(n, d)) * 0.5 + 1)
+        result.append(m.frechet_distance(*a, *b))
+    return (torch.tensor(result, dtype=torch.float64),)
+
+
+def noises(m):
+    """How large the noise is: their random numbers need not be ours."""
+    result = []
+    for dist in ("uniform", "half-normal"):
+        rae = m.RAE(Patches(), Decoding(), tau=0.5, noise_dist=dist).train()
+        tokens = normal(7, 4000, 4, 2).repeat(1, 1, 25).view(4000, 4, 50)[..., :2]
+        generators = [torch.Generator().manual_seed(i) for i in range(4000)]
+        for given in (None, generators):
+            noise = rae.noised(tokens, given) - tokens
+            result += [noise.std(), noise.abs().mean()]
+    return tuple(result)
+
+
+class Decoding(torch.nn.Module):
+    grid_size = 2
+    latent_dim = 2
+    patch_size = 4
+
+
+def weights(m):
+    pairs = ((normal(1, 5, 7), normal(2, 5, 7)), (normal(3, 4), 1e-5 * normal(4, 4)))
+    return tuple(torch.as_tensor(m.adaptive_weight(a, b)) for a, b in pairs)
+
+
+def theorem(m):
+    (loss,) = m.theorem_1([64], steps=60).values()
+    (wide,) = m.theorem_1([16], head=(128, 1, 4), steps=60).values()
+    return (torch.tensor([loss, wide]),)
+
+
+# title: [(module, what is compared, to what)]
+CASES = {
+    "Latent statistics": [("rae", statistics, 1e-4)],
+    "Time and flow loss": [("dit_dh", time_and_loss, 1e-4)],
+    "Theorem 1": [("experiments", theorem, 1e-4)],
+    "DiT^DH": [("dit_dh", velocities, 1e-4)],
+    "Rotary positions": [("dit_dh", rotations, 1e-4)],
+    "Schedule shift": [("dit_dh", shifts, 1e-4)],
+    "The averaged weights": [("rae", average, 1e-4)],
+    "Sampling and guidance": [("dit_dh", samples, 1e-4)],
+    "The Frechet distance": [("fid", distances, 1e-4)],
+    "Noise and the GAN's weight": [("rae", noises, 0.02), ("train_decoder", weights, 1e-4)],
+}
+
+
+def load(path):
+    """A file as a module under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"loaded_{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main():
+    from handout import EXERCISES
+
+    reference = Path(sys.argv[1])
+    title = EXERCISES[int(sys.argv[2]) - 1]["title"]
+    for name, case, tolerance in CASES.get(title, []):
+        folder = "tests" if name == "experiments" else "."
+        results = []
+        for root in (ROOT, reference):
+            torch.manual_seed(0)
+            results.append(case(load(root / folder / f"{name}.py")))
+        for theirs, ours in zip(*results):
+            if not torch.allclose(theirs.double(), ours.double(), rtol=1e-3, atol=tolerance):
+                sys.exit(f"{title}: {case.__name__} differ from ours by more than rounding")
+
+
+if __name__ == "__main__":
+    main()
