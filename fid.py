@@ -629,6 +629,8 @@ def extract_features(images, extract, batch_size, device, with_spatial=False):
         if with_spatial:
             all_spatial[first:last] = spatial.cpu()
 
+    if not all_pool3.isfinite().all():
+        raise ValueError(f"{images.source}: features are not finite; are the network's weights?")
     # Each row is filled in one process and zero in the others: the sum is all rows, each once.
     if WORLD_SIZE > 1:
         dist.reduce(all_pool3, dst=0)

@@ -20,8 +20,9 @@ import hashlib
 import json
 import math
 import os
+import sys
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def center_crop(image, size):
 
 
 def random_crop(image, size, short_side, rng):
-    """Any square of size x size pixels from a PIL image whose short side becomes `short_side`.
+    """A random square of size x size pixels from a PIL image whose short side becomes `short_side`.
 
     The image is resized in one bicubic step, as in the released training of the decoder.
     """
@@ -96,7 +97,8 @@ def open_image(path):
             raise ValueError(f"{image.width} x {image.height} pixels; reduce it first")
         if image.mode in ("I", "F"):
             raise ValueError("its pixels have 32 bits and no known range; save it with 8 or 16")
-        ImageOps.exif_transpose(image, in_place=True)
+        with suppress(Exception):  # malformed tags are left alone
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
@@ -160,7 +162,7 @@ class ImageFolder:
         if not self.names:
             raise ValueError(f"{root}: no images in this folder")
         if skipped:
-            print0(f"{root}: skipped {len(skipped)} files, no images by name, as {skipped[0]!r}")
+            print0(f"{root}: skipped {len(skipped)} non-images, as {min(skipped)!r}", sys.stderr)
 
         # The images of a class follow each other.
         self.classes = []
@@ -335,7 +337,7 @@ def load_timm(model, weights, flag, **options):
     import timm
 
     if weights is None:
-        print0(f"{model}: timm's published weights, fetched once")
+        print0(f"{model}: timm's published weights, fetched unless cached", sys.stderr)
     try:
         net = timm.create_model(model, pretrained=weights is None, num_classes=0, **options)
     except Exception as error:  # the hub's client alone raises a dozen kinds
@@ -545,8 +547,6 @@ class RAE(nn.Module):
                 raise ValueError(
                     f"statistics {name} have shape {tuple(statistic.shape)}, not {shape}"
                 )
-            if not statistic.isfinite().all():
-                raise ValueError(f"statistics {name} are not finite")
             rows = statistic.flatten(1).T.contiguous().float()  # (N, C), as tokens are
             self.register_buffer(f"latent_{name}", rows)
         self.encoder = encoder
@@ -700,6 +700,7 @@ def load_optimizer(optimizer, state, where):
     torch compares no shapes, and the fused step would write beyond a smaller tensor's end.
     """
     try:
+        check_finite(state["state"], "optimizer")
         optimizer.load_state_dict(state)
         for parameter, moments in optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
@@ -766,7 +767,7 @@ def released_file(name, statistics=False):
     repository = "nyu-visionx/RAE-collections"
     revision = "1be4f03273523431f099a934da4cf1940dc6039f"
     file = files[short][1 if statistics else 0]
-    print0(f"{name}: {file} of huggingface.co/{repository} at {revision[:8]}, fetched once")
+    print0(f"{name}: {file} of huggingface.co/{repository}, fetched unless cached", sys.stderr)
     try:
         return hf_hub_download(repository, file, revision=revision)
     except Exception as error:
@@ -808,6 +809,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
         raise ValueError(
             f"{stats or name}: no latent statistics (var, mean) in it; pass --stats FILE"
         )
+    check_finite({k: statistics[k] for k in {"mean", "var"} & statistics.keys()}, stats or name)
     rae = RAE(frozen, decoder, statistics.get("mean"), statistics["var"])
     return rae.to(device).eval().requires_grad_(False)
 
@@ -823,10 +825,10 @@ def rank_and_world_size():
     return 0, 1
 
 
-def print0(text):
+def print0(text, file=None):
     """Print on the first process alone."""
     if rank_and_world_size()[0] == 0:
-        print(text, flush=True)
+        print(text, file=file, flush=True)
 
 
 def all_reduce_mean(tensor):
@@ -1018,7 +1020,7 @@ def check_same_run(out, saved, settings, may_change):
 def to_uint8(images):
     """Images in [0, 1] as uint8, rounded. The released code truncates: half a level too dark."""
     if not images.isfinite().all():
-        raise ValueError("pictures that are not finite: a decoder or a model is broken")
+        raise ValueError("pictures are not finite: the decoder, the model or --cfg-scale is wrong")
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
@@ -1052,7 +1054,7 @@ def number(low, high=10**9, kind=float):
             value = math.nan
         if not low <= value <= high:  # true of NaN
             what = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r}: wants a {what} from {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text!r}: wants a {what} from {low} to {high}")
         return value
 
     return read

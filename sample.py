@@ -90,7 +90,7 @@ def class_list(text):
     """What --classes is read as: a list of numbers from 0,3,7, or "null", the label of no class."""
     if text == "null":
         return text
-    return [int(number) for number in text.split(",")]
+    return [int(n) for n in text.split(",")]
 
 
 def get_args():
@@ -132,12 +132,7 @@ def get_args():
         "--guide",
         help="checkpoint of a weaker model for AutoGuidance (Karras et al. 2024), instead of CFG",
     )
-    p.add_argument(
-        "--guide-scale",
-        type=number(0),
-        default=1.42,
-        help="of AutoGuidance (the paper's; 512 px: 1.5)",
-    )
+    p.add_argument("--guide-scale", type=number(0), default=1.42, help="of --guide (512 px: 1.5)")
     p.add_argument(
         "--interval",
         type=number(0, 1),
@@ -407,7 +402,7 @@ def main():
         print0(f"{out}: these images are there already")
         return
     if not as_pngs and (out.is_dir() or npz.exists() and not holds(npz, record)):
-        raise ValueError(f"{npz}: holds other images; delete it, or pass another --out")
+        raise ValueError(f"{out}: a folder, or {npz} holds other images; pass another --out")
     if rank == 0:
         claim_folder(folder, record)
     if ddp:

@@ -687,16 +687,17 @@ def main():
         raise ValueError(f"{out}: not the same on all nodes; put --out where all of them see it")
     if rank == 0:
         log = open_log(out, first_step)
-    if stats is None:
+    new_stats = stats is None
+    if new_stats:
         mean, var = latent_statistics(encoder, data, eval_batch, device, args.workers)
         stats = {"mean": mean, "var": var, "latents": latents}
-        if rank == 0:
-            save_file(stats, out / "stats.pt")
     mean = stats["mean"]
     var = stats["var"]
     rae = RAE(encoder, decoder, mean, var, args.noise_tau, args.noise_dist).to(device)
     rae.train()  # for `noised`; the encoder stays in eval mode by itself
     ema_rae = RAE(encoder, ema, mean, var).to(device)
+    if new_stats and rank == 0:
+        save_file(stats, out / "stats.pt")
 
     if args.compile:
         for layer in decoder.decoder_layers:

@@ -218,7 +218,7 @@ def test_a_folder_says_what_it_skips(tmp_path, capsys):
     save_images(tmp_path / "a", 2)
     (tmp_path / "a" / "notes.txt").write_text("")
     assert len(R.ImageFolder(tmp_path, 32)) == 2
-    assert "skipped 1 files, no images by name, as 'notes.txt'" in capsys.readouterr().out
+    assert "skipped 1 non-images, as 'notes.txt'" in capsys.readouterr().err
 
 
 def test_what_is_not_finite_is_neither_saved_nor_drawn(tmp_path):
@@ -226,7 +226,7 @@ def test_what_is_not_finite_is_neither_saved_nor_drawn(tmp_path):
     with pytest.raises(ValueError, match="a.pt: ema: w is not finite"):
         R.save_file({"ema": {"w": torch.tensor([1, torch.nan])}}, tmp_path / "a.pt")
     assert R.read_file(tmp_path / "a.pt")["ema"]["w"].tolist() == [1, 1]
-    with pytest.raises(ValueError, match="pictures that are not finite"):
+    with pytest.raises(ValueError, match="pictures are not finite"):
         R.save_sheet(torch.full((1, 3, 8, 8), torch.nan), tmp_path / "a.png", 1)
     assert not (tmp_path / "a.png").exists()
 
