@@ -273,11 +273,19 @@ class DiTDH(nn.Module):
         return x
 
     def forward(self, x_t, t, y):
-        """x_t (B, N, C), t (B,) after the shift, labels y (B,) -> the velocity v (B, N, C)."""
+        """x_t (B, N, C), t (B,) after the shift, labels y (B,) -> the velocity v (B, N, C).
+
+        The condition c is the time's embedding plus the label's. In a plain DiT blocks and final
+        layer are under c, as released. With a head (section 5):
+
+            h = s_embedder(x_t) + pos_embed     through the backbone's blocks, under SiLU(c)
+            s = s_projector(SiLU(h + t_emb))    one condition for each token
+            x = x_embedder(x_t), as float32     through the head's blocks and final layer, under s
+        """
         t_emb = self.t_embedder(t)[:, None]  # (B, 1, D)
         c = t_emb + self.y_embedder(y)[:, None]  # (B, 1, D)
 
-        # The plain DiT. It takes c as it is, as released.
+        # The plain DiT.
         if not self.has_wide_head:
             x = self.x_embedder(x_t) + self.pos_embed  # (B, N, D)
             x = self.run_blocks(self.blocks, x, c, self.feat_rope)  # (B, N, D)
@@ -334,8 +342,8 @@ def shift_time(t, alpha):
 def draw_time(u, dist="logit-normal"):
     """Training times (B,) before the shift, from uniform numbers u (B,).
 
-    "logit-normal", the sigmoid of a standard normal, is the later release's, "uniform" the first's.
-    Both end at 0.999, as released; sampling, which begins at 1, has hardly to extrapolate.
+    "logit-normal", the sigmoid of a standard normal, is the later release's, "uniform" the first's:
+    0.999 u. Both end at 0.999, as released; sampling, which begins at 1, hardly extrapolates.
     """
     if dist == "uniform":
         return 0.999 * u
@@ -379,7 +387,7 @@ def sample(
 
     timesteps are those of time_grid, y (B,) labels. Two kinds of guidance (section 5.1, appendix I)
     move v further away from what a worse model predicts. Both act only at times within `interval`,
-    after the shift like timesteps:
+    after the shift like timesteps; to ask for both is a ValueError:
 
         v = v_null + cfg_scale (v - v_null)      v_null is v under the null label
         v = v_weak + guide_scale (v - v_weak)    v_weak is v of `guide`, a smaller or less trained

@@ -950,7 +950,7 @@ class StepBatches(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """ema <- d ema + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)).
+    """ema <- d ema + (1 - d) model for all parameters, d = min(decay, (1 + step) / (10 + step)).
 
     With the smaller d at its start the average of a short run soon forgets the initial weights.
     """

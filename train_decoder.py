@@ -361,7 +361,8 @@ def adaptive_weight(g_rec, g_gan):
     """lambda = |g_rec| / (|g_gan| + 1e-6), within [0, 1e4], as in VQGAN (Esser et al. 2021).
 
     The two are the gradients of the reconstruction loss and of the GAN's at the last layer's
-    weight, as released (the paper's are at the image). lambda makes them equally long.
+    weight, as released (the paper's are at the image). lambda, a tensor without a gradient of its
+    own, makes them equally long.
     """
     return (g_rec.norm() / (g_gan.norm() + 1e-6)).clamp(0, 1e4).detach()
 

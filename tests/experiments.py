@@ -9,6 +9,7 @@ What stands below the three functions draws their results, and is not to be chan
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,20 +59,27 @@ def run(*command):
     words = [str(word) for word in command]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
-        sys.exit(done.stderr.strip().splitlines()[-1])
+        sys.exit(done.stderr.strip()[-300:])
     return done.stdout
+
+
+def fresh(out):
+    """The folder's name, after what an earlier measurement left there is gone."""
+    shutil.rmtree(ROOT / out, ignore_errors=True)
+    Path(ROOT, f"{out}.npz").unlink(missing_ok=True)
+    return out
 
 
 def shift_sweep(alphas, steps=500, num=500):
     """{alpha: Frechet distance} of models trained with these schedule shifts.
 
     With `run` above, for each alpha: train_diffusion.py with so many --steps, half of them with
-    the rate held, and an --out of its own; sample.py with --num and --cfg-scale 1; fid.py --json,
-    against the toy. All with their defaults otherwise.
+    the rate held, and an --out of its own, `fresh`; sample.py with --num and --cfg-scale 1;
+    fid.py --json, against the toy. All with their defaults otherwise.
     """
     result = {}
     for alpha in alphas:
-        out = f"out/alpha_{alpha:g}_{steps}"
+        out = fresh(f"out/alpha_{alpha:g}")
         flags = ("--alpha", alpha, "--steps", steps, "--hold", steps // 2, "--out", out)
         run("train_diffusion.py", *flags)
         flags = ("--ckpt", f"{out}/checkpoint.pt", "--num", num, "--cfg-scale", 1)
@@ -84,12 +92,13 @@ def noise_sweep(taus, sigmas, steps=300, num=500):
     """{tau: {sigma: PSNR in dB}} of decoders trained with these taus, from noisy latents.
 
     With `run` above, for each tau: train_decoder.py with --noise-tau, --gan 0, so many --steps and
-    an --out of its own. Then for each sigma train_decoder.py --eval-only with that --eval-sigma and
-    num as --eval-num. It prints JSON: psnr_noisy is the number. All with their defaults otherwise.
+    an --out of its own, `fresh`. Then for each sigma train_decoder.py --eval-only with that
+    --eval-sigma and num as --eval-num. It prints JSON: psnr_noisy is the number. All with their
+    defaults otherwise.
     """
     result = {}
     for tau in taus:
-        out = f"out/tau_{tau:g}_{steps}"
+        out = fresh(f"out/tau_{tau:g}")
         run("train_decoder.py", "--noise-tau", tau, "--gan", 0, "--steps", steps, "--out", out)
         result[tau] = {}
         for sigma in sigmas:

@@ -119,7 +119,7 @@ def noises(m):
     result = []
     for dist in ("uniform", "half-normal"):
         rae = m.RAE(Patches(), Decoding(), tau=0.5, noise_dist=dist).train()
-        tokens = normal(7, 4000, 4, 2).repeat(1, 1, 25).view(4000, 4, 50)[..., :2]
+        tokens = normal(7, 4000, 4, 2)
         generators = [torch.Generator().manual_seed(i) for i in range(4000)]
         for given in (None, generators):
             noise = rae.noised(tokens, given) - tokens
@@ -148,13 +148,15 @@ def theorem(m):
 CASES = {
     "Latent statistics": [("rae", statistics, 1e-4)],
     "Time and flow loss": [("dit_dh", time_and_loss, 1e-4)],
-    "Theorem 1": [("experiments", theorem, 1e-4)],
+    "Theorem 1": [("experiments", theorem, 0.05)],
     "DiT^DH": [("dit_dh", velocities, 1e-4)],
     "Rotary positions": [("dit_dh", rotations, 1e-4)],
     "Schedule shift": [("dit_dh", shifts, 1e-4)],
     "The averaged weights": [("rae", average, 1e-4)],
     "Sampling and guidance": [("dit_dh", samples, 1e-4)],
     "The Frechet distance": [("fid", distances, 1e-4)],
+    "The shift, tried": [],  # of these two the figures are looked at
+    "The noise, tried": [],
     "Noise and the GAN's weight": [("rae", noises, 0.02), ("train_decoder", weights, 1e-4)],
 }
 
@@ -172,7 +174,7 @@ def main():
 
     reference = Path(sys.argv[1])
     title = EXERCISES[int(sys.argv[2]) - 1]["title"]
-    for name, case, tolerance in CASES.get(title, []):
+    for name, case, tolerance in CASES[title]:
         folder = "tests" if name == "experiments" else "."
         results = []
         for root in (ROOT, reference):

@@ -1,5 +1,7 @@
 """dit_dh.py: the flow's closed forms, guidance, and what the model starts as."""
 
+import math
+
 import pytest
 import torch
 from conftest import gap
@@ -262,6 +264,21 @@ def test_rope_turns_by_the_distance():
     assert torch.allclose(scores[3, 1], scores[23, 21], atol=1e-5)
     assert not torch.allclose(scores[0, 1], scores[0, 5])
     assert torch.allclose(rope(q.expand(25, 8)).norm(dim=1), q.norm().expand(25), atol=1e-5)
+
+
+def test_rope_by_hand():
+    """A head of 8 on a grid of 2: angles of row and column, each times 1 and 1/100."""
+    x = torch.tensor([1.0, 0, 0, 2, 3, 0, 0, 4]).expand(4, 8)  # four tokens
+    turned = Rope(8, 2)(x)
+    assert gap(turned[0], x[0]) == 0  # row 0, column 0
+    cos, sin = math.cos(1), math.sin(1)
+    low_cos, low_sin = math.cos(0.01), math.sin(0.01)
+    row = torch.tensor([cos, sin, -2 * low_sin, 2 * low_cos])
+    column = torch.tensor([3 * cos, 3 * sin, -4 * low_sin, 4 * low_cos])
+    assert gap(turned[1], torch.cat([x[1, :4], column])) < 1e-6  # row 0, column 1
+    assert gap(turned[2], torch.cat([row, x[2, 4:]])) < 1e-6
+    assert gap(turned[3], torch.cat([row, column])) < 1e-6
+    assert gap(Rope(8, 2)(x[None, None])[0, 0], turned) == 0
 
 
 def test_sincos_layout():
