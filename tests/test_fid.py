@@ -576,6 +576,7 @@ def test_images_that_turn_out_uneven(tmp_path):
         extract_features(images, extract, 66, "cpu")
 
 
+@pytest.mark.slow
 def test_warnings(tmp_path, inception_file):
     save_images(tmp_path / "jpeg", 3, size=(32, 32), suffix=".JPG", mode="L")
     folder = tmp_path / "jpeg"

@@ -136,7 +136,7 @@ def test_readme_names_tests_that_are_there():
     sources = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
     there = set(re.findall(r"def (test_\w+)", sources))
     there |= {path.stem for path in (ROOT / "tests").glob("*.py")}
-    assert len(named) > 30
+    assert len(named) > 20
     assert named <= there
 
 
@@ -231,6 +231,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.slow
 def test_every_flag_runs(run, photos, tmp_path, monkeypatch):
     """All commands of FLAGS, in an order in which each finds what it needs."""
     import timm
