@@ -177,8 +177,8 @@ def test_grading(tmp_path, monkeypatch, capsys):
         dit_dh = dit_dh.replace("return alpha * t / (1 +", "return alpha * t / (2 +")
         texts["dit_dh.py"] = dit_dh.replace("import math\n", "import math\nimport os\n", 1)
         rae = texts["rae.py"].replace("1 - d)", "d)")
-        start = "    if not self.training or self.tau == 0:\n"
-        texts["rae.py"] = rae.replace(start, f"    while True:\n            pass\n{start}")
+        start = "        if not self.training or self.tau == 0:\n"
+        texts["rae.py"] = rae.replace(start, f"        while True:\n            pass\n{start}")
         texts["fid.py"] += "\n)("
         texts["../evil.py"] = ""
 
