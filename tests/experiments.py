@@ -129,14 +129,20 @@ def figure_of_noise_sweep():
     return {f"tau {tau:g}": line for tau, line in results.items()}, "sigma", "PSNR, dB"
 
 
+FIGURES = {
+    "theorem_1": figure_of_theorem_1,
+    "shift_sweep": figure_of_shift_sweep,
+    "noise_sweep": figure_of_noise_sweep,
+}
+
+
 def main():
     from matplotlib import pyplot
 
-    names = ("theorem_1", "shift_sweep", "noise_sweep")
-    if len(sys.argv) != 2 or sys.argv[1] not in names:
-        sys.exit(f"error: name one of {', '.join(names)}")
+    if len(sys.argv) != 2 or sys.argv[1] not in FIGURES:
+        sys.exit(f"error: name one of {', '.join(FIGURES)}")
     name = sys.argv[1]
-    lines, x_label, y_label = globals()[f"figure_of_{name}"]()
+    lines, x_label, y_label = FIGURES[name]()
     for label, line in lines.items():
         pyplot.plot(list(line), list(line.values()), marker="o", label=label)
         print(label, {x: round(y, 4) for x, y in line.items()})

@@ -30,6 +30,9 @@ COPIED = ("*.py", "requirements.txt", "LICENSE", ".gitignore", "assets", "tests"
 # Answers, tests that only we run, and tests of the README and of this file.
 NOT_COPIED = ("__pycache__", "*.md", "hidden.py", "mutants.py", "test_handout.py", "test_claims.py")
 SECONDS = 120  # for the tests of an exercise
+# What the scripts print in one line: of ours, and of the copy, where it may be what is to be done.
+CAUGHT = "except (ValueError, OSError)"
+CAUGHT_IN_COPY = "except (ValueError, OSError, NotImplementedError)"
 
 EXERCISES = [
     {
@@ -190,20 +193,23 @@ def find(source, name):
     return node
 
 
-def replace(source, name, text):
-    """A file's text in which the function's lines, decorators included, are others."""
+def place_of(source, name):
+    """The slice of a file's lines that a function takes, decorators included."""
     node = find(source, name)
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    return slice(first - 1, node.end_lineno)
+
+
+def replace(source, name, text):
+    """A file's text in which the function's lines are others."""
     lines = source.split("\n")
-    lines[first - 1 : node.end_lineno] = text.split("\n")
+    lines[place_of(source, name)] = text.split("\n")
     return "\n".join(lines)
 
 
 def lines_of(source, name):
-    """The text of a function, decorators included."""
-    node = find(source, name)
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    return "\n".join(source.split("\n")[first - 1 : node.end_lineno])
+    """The text of a function."""
+    return "\n".join(source.split("\n")[place_of(source, name)])
 
 
 def without_body(source, name, message):
@@ -252,11 +258,8 @@ def write_copy(out, numbers):
             path = out / file
             message = f"exercise {number}, {name} in {file}: {command_of(exercise)}"
             path.write_text(without_body(path.read_text(), name, message))
-    # A script prints what is still to be done as it prints a mistake: in one line.
     for path in [*out.glob("*.py"), out / "tests/experiments.py"]:
-        caught = "except (ValueError, OSError)"
-        text = path.read_text().replace(caught, "except (ValueError, OSError, NotImplementedError)")
-        path.write_text(text)
+        path.write_text(path.read_text().replace(CAUGHT, CAUGHT_IN_COPY))
     (out / "README.md").write_text(student_readme(numbers))
     submit = out / "submit.sh"
     submit.write_text(SUBMIT)
@@ -336,12 +339,8 @@ def read_submission(path):
                     remarks.append(f"{entry.filename}: outside of the zip, not read")
                 elif entry.filename in wanted and entry.file_size < 10**6:
                     texts[entry.filename] = archive.read(entry).decode()
-    except (
-        OSError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        UnicodeDecodeError,
-    ) as error:  # the second: a password
+    # zipfile has RuntimeError for a password.
+    except (OSError, RuntimeError, zipfile.BadZipFile, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
     remarks += [f"{file}: missing" for file in sorted(wanted - texts.keys())]
     return texts, remarks
@@ -354,10 +353,8 @@ def changed_elsewhere(file, text):
         for other, name in exercise["functions"]:
             if other == file:
                 text = replace(text, name, lines_of(ours, name))
-    caught = "except (ValueError, OSError, NotImplementedError)"
-    return ast.dump(ast.parse(text.replace(caught, "except (ValueError, OSError)"))) != ast.dump(
-        ast.parse(ours)
-    )
+    theirs = text.replace(CAUGHT_IN_COPY, CAUGHT)
+    return ast.dump(ast.parse(theirs)) != ast.dump(ast.parse(ours))
 
 
 def run_tests(folder, command):
@@ -419,9 +416,7 @@ def grade(path, numbers):
             remarks.append(f"{file}: {error}")
     results = []
     with ThreadPoolExecutor(2) as pool:
-        reasons = pool.map(
-            lambda number: grade_exercise(number, texts), range(1, len(EXERCISES) + 1)
-        )
+        reasons = pool.map(lambda number: grade_exercise(number, texts), numbers)
         for number, why in zip(numbers, reasons):
             name = f"{number}. {EXERCISES[number - 1]['title']}"
             points = 0 if why else 10
