@@ -625,12 +625,14 @@ def extract_features(images, extract, batch_size, device, with_spatial=False):
     for first in tqdm(starts, desc=images.source, unit="batch", disable=RANK > 0 or None):
         last = min(first + batch_size, len(images))
         pool3, spatial = extract(images.batch(first, last, device))
+        if not pool3.isfinite().all():
+            raise ValueError(
+                f"{images.source}: features are not finite; are the network's weights?"
+            )
         all_pool3[first:last] = pool3.cpu()
         if with_spatial:
             all_spatial[first:last] = spatial.cpu()
 
-    if not all_pool3.isfinite().all():
-        raise ValueError(f"{images.source}: features are not finite; are the network's weights?")
     # Each row is filled in one process and zero in the others: the sum is all rows, each once.
     if WORLD_SIZE > 1:
         dist.reduce(all_pool3, dst=0)
