@@ -157,10 +157,9 @@ def submission(path, change=lambda texts: None):
 @pytest.mark.slow
 def test_grading(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kit, "SECONDS", 100)
 
-    def points(change):
-        kit.grade(submission(tmp_path / "a.zip", change), NUMBERS)
+    def points(change, numbers=NUMBERS):
+        kit.grade(submission(tmp_path / "a.zip", change), numbers)
         said = capsys.readouterr().out
         result = json.loads((tmp_path / "results.json").read_text())
         scores = [test["score"] for test in result["tests"]]
@@ -184,8 +183,10 @@ def test_grading(tmp_path, monkeypatch, capsys):
         texts["fid.py"] += "\n)("
         texts["../evil.py"] = ""
 
-    scores, said = points(wrong)
-    failed = [number for number, score in zip(NUMBERS, scores) if score == 0]
+    monkeypatch.setattr(kit, "SECONDS", 60)
+    quick = [number for number in NUMBERS if number not in (6, 10, 12)]
+    scores, said = points(wrong, quick)
+    failed = [number for number, score in zip(quick, scores) if score == 0]
     assert failed == [2, 4, 7, 9, 11]
     assert "dit_dh.py: changed outside of the exercises" in said
     assert "not done after" in said
