@@ -120,6 +120,7 @@ MAY_CHANGE = {
     "sample_every",
     "save_every",
     "keep_every",
+    "stop_at",
 }
 NUM_BINS = 5  # the log has the loss by bins of t
 PREVIEW_BATCH = 64  # images drawn at once: without gradients they take less than training does
@@ -179,6 +180,7 @@ def get_args():
     )
     # the optimiser
     p.add_argument("--steps", type=positive_int, help="optimiser steps")
+    p.add_argument("--stop-at", type=positive_int, help="end here, on the way to --steps")
     p.add_argument("--global-batch-size", type=positive_int, help="images a step, all processes'")
     p.add_argument(
         "--micro-batch",
@@ -351,6 +353,8 @@ def main():
         sums.copy_(checkpoint["sums"])
         first_step = checkpoint["step"]
         del checkpoint
+        if args.stop_at and args.stop_at < first_step:
+            raise ValueError(f"--stop-at {args.stop_at}: {out} is at step {first_step} already")
         print0(f"{out}: going on at step {first_step} of {args.steps}")
     elif args.init:
         start_from(model, args.init)
@@ -378,11 +382,14 @@ def main():
     preview_labels = balanced_labels(classes, 8 * len(classes))
     timesteps = time_grid(25, alpha)
 
+    # --stop-at ends the run early, with the learning rates of the whole.
+    last_step = min(args.stop_at or args.steps, args.steps)
+
     # The images of all steps that are left, read ahead by workers.
     loader = torch.utils.data.DataLoader(
         batches,
         batch_size=None,  # an item is a batch already
-        sampler=range(first_step, args.steps),
+        sampler=range(first_step, last_step),
         num_workers=args.workers,
         pin_memory=args.device == "cuda",
     )
@@ -409,8 +416,8 @@ def main():
     # then takes one more step. The last turn takes none. A resumed run begins in the middle of its
     # first turn, after the save: what was due then is logged and drawn again, since a kill may
     # have come between.
-    for step in range(first_step, args.steps + 1):
-        last = step == args.steps
+    for step in range(first_step, last_step + 1):
+        last = step == last_step
 
         # Save, but never while steps are being skipped: the weights may be what is wrong, and the
         # checkpoint before the last good one.
@@ -513,7 +520,7 @@ def main():
         else:
             skipped += 1
             skipped_in_a_row += 1
-            if skipped_in_a_row == 5 or step + 1 == args.steps:
+            if skipped_in_a_row == 5 or step + 1 == last_step:
                 raise ValueError(
                     f"the gradient was not finite for {skipped_in_a_row} steps in a row; the last "
                     "checkpoint is kept: start a new run from it with --init and another --out, "
@@ -521,7 +528,7 @@ def main():
                 )
         optimizer.zero_grad()
 
-    print0(f"{out}: finished; python sample.py --ckpt {out}/checkpoint.pt")
+    print0(f"{out}: step {last_step} of {args.steps}; python sample.py --ckpt {out}/checkpoint.pt")
     if ddp:
         dist.destroy_process_group()  # only here: after an error it could wait for the others
 

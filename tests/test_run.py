@@ -193,7 +193,7 @@ FLAGS = {
         "--alpha 2.5 --time uniform --label-drop 0.5 --steps 3 --global-batch-size 4 --lr 0.001 "
         "--lr-end 0.0001 --hold 1 --clip 0 --ema 0.9 --cfg-scale 2 --seed 4 --out f/a "
         "--log-every 1 --sample-every 2 --save-every 2 --keep-every 2 --workers 1 --device cpu "
-        "--precision bf16 --micro-batch 3 --checkpoint-activations",
+        "--precision bf16 --micro-batch 3 --checkpoint-activations --stop-at 2",
         "--data photos --decoder d/b/checkpoint.pt --backbone 16,1,2 --wide-head none "
         "--label-drop 1 --no-flip --steps 2 --global-batch-size 4 --out f/plain",
         "--data toy --init f/toy/checkpoint.pt --steps 1 --global-batch-size 4 --out f/init",
@@ -343,6 +343,20 @@ def test_same_command_twice_is_bit_equal_and_resume_is_exact(run, every_checkpoi
     run(script, "--out b")
     assert same(load_run("a"), load_run("b"))
     assert log_of("a") == log_of("b")
+
+
+def test_a_run_stopped_on_the_way(run):
+    """It has the learning rates of the whole, and goes on to it."""
+    run("train_diffusion.py", "--out a --keep-every 2")
+    said = run("train_diffusion.py", "--out b --keep-every 2 --stop-at 2")
+    assert "b: step 2 of 4" in said
+    kept = load("a/ema_0000002.pt")["ema"]
+    assert same(load("b/checkpoint.pt")["ema"], kept)
+    run("train_diffusion.py", "--out b --keep-every 2")
+    assert same(load_run("a"), load_run("b"))
+    assert log_of("a") == log_of("b")
+    with pytest.raises(SystemExit, match="--stop-at 3: b is at step 4 already"):
+        run("train_diffusion.py", "--out b --keep-every 2 --stop-at 3")
 
 
 @pytest.mark.parametrize("script", ["train_decoder.py", "train_diffusion.py"])
