@@ -787,8 +787,9 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     file = read_file(released_file(name))
     decoder = load_released_decoder(file, where=name)
     if name.startswith("released:"):
-        # released:dinov2-b-512 decodes the same encoder's tokens of larger images.
-        encoder = encoder or name.removeprefix("released:").removesuffix("-512")
+        # The name begins with the encoder's: dinov2-b-512 is for larger images, dinov2-b-n05 of
+        # another tau.
+        encoder = encoder or "-".join(name.removeprefix("released:").split("-")[:2])
         stats = stats or released_file(name, statistics=True)
     encoder = encoder or file.get("encoder")
     if encoder is None:

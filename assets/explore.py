@@ -2,12 +2,14 @@
 
     python assets/explore.py --like cat.png --strength 0.6     # denoised again, once as each class
     python assets/explore.py --interpolate cat.png dog.png     # 8 latents on the line between them
+    python assets/explore.py --query cat.png photos            # its nearest images, as each class
     python assets/explore.py --neighbours toy                  # 8 samples: drawn, or copied?
 
---like and --interpolate noise a latent up to the time --strength, before the schedule's shift, and
-denoise it from there: near 0 the image stays, at 1 nothing of it is left. All pictures get the
-same noise, so that they differ by their latent and class alone. --neighbours draws samples as
-sample.py does, and beside each its nearest images of a folder, or of the toy's training images.
+--like, --interpolate and --query noise a latent up to the time --strength, before the schedule's
+shift, and denoise it from there: near 0 the image stays, at 1 nothing of it is left. All pictures
+get the same noise, so that they differ by their latent and class alone. --query begins with the
+images of a folder, or of the toy's training images, that are nearest to an image. --neighbours
+draws samples as sample.py does, and beside each its nearest images.
 """
 
 import argparse
@@ -53,6 +55,12 @@ def get_args():
     task.add_argument("--like", metavar="IMAGE", help="edit an image: one picture a class")
     task.add_argument(
         "--interpolate", nargs=2, metavar=("A", "B"), help="8 pictures from one image to another"
+    )
+    task.add_argument(
+        "--query",
+        nargs=2,
+        metavar=("IMAGE", "FOLDER"),
+        help="an image and its nearest there, or of the toy's: a row of edits a class",
     )
     task.add_argument(
         "--neighbours", metavar="FOLDER", help="8 samples and their nearest images there; or toy"
@@ -139,6 +147,8 @@ def main():
         classes = [model.num_classes]
     elif not all(0 <= c < model.num_classes for c in classes):
         raise ValueError(f"--classes {classes}: out of range 0 to {model.num_classes - 1}")
+    if (args.like or args.query) and len(classes) > MAX_CLASSES:
+        raise ValueError(f"{len(classes)} classes do not fit a sheet: pass some as --classes")
 
     if args.neighbours:
         # A row for each sample: the sample, then its neighbours.
@@ -154,6 +164,22 @@ def main():
         columns = 1 + nearest.shape[1]
         cosine = cosines[:, 0].mean().item()
         print(f"samples, and the nearest of {len(data)} images (cosine {cosine:.3f})")
+    elif args.query:
+        # The image and its neighbours, and below them a row for each class: all of them as that.
+        path, folder = args.query
+        query = load_images([path], rae.image_size, device)  # (1, 3, H, W)
+        data = open_data(folder, rae.image_size)
+        nearest, cosines = find_neighbours(rae.encoder, query, data)
+        images = torch.cat([query, read_images(data, nearest[0].tolist(), device)])  # (8, 3, H, W)
+        z = rae.encode(images)  # (8, N, C)
+        timesteps = time_grid(args.steps, alpha, t_first=args.strength)
+        rows = [images]
+        for label in classes:
+            labels = [label] * len(z)
+            rows.append(denoise(rae, model, z, labels, timesteps, args.seed, args.cfg_scale))
+        pictures = torch.cat(rows)
+        columns = len(images)
+        print(f"{path}, and the nearest of {len(data)} images (cosine {cosines[0, 0]:.3f})")
     else:
         # One picture for each class, or one for each latent on the line between two images.
         images = load_images(args.interpolate or [args.like], rae.image_size, device)
@@ -165,8 +191,6 @@ def main():
         else:
             labels = classes
             z = z.repeat(len(classes), 1, 1)  # (number of classes, N, C)
-        if len(labels) > MAX_CLASSES:
-            raise ValueError(f"{len(labels)} classes do not fit a sheet: pass some as --classes")
         timesteps = time_grid(args.steps, alpha, t_first=args.strength)
         pictures = denoise(rae, model, z, labels, timesteps, args.seed, args.cfg_scale)
         columns = len(labels) if len(labels) <= 10 else 8

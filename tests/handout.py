@@ -28,7 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("*.py", "requirements.txt", "LICENSE", ".gitignore", "assets", "tests")
 # Answers, tests that only we run, and tests of the README and of this file.
-NOT_COPIED = ("__pycache__", "*.md", "hidden.py", "mutants.py", "test_handout.py", "test_claims.py")
+NOT_COPIED = ("__pycache__", "*.md", "lab.*", "hidden.py", "mutants.py", "notebook.py")
+NOT_COPIED += ("test_handout.py", "test_claims.py", "test_notebook.py")
 SECONDS = 300  # for the tests of an exercise
 # What the scripts print in one line: of ours, and of the copy, where it may be what is to be done.
 CAUGHT = "except (ValueError, OSError)"

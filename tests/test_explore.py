@@ -16,6 +16,7 @@ EVERY_FLAG = [
     "--like photo.png --ckpt moved/checkpoint.pt --decoder toy_decoder.pt --strength 0.9 "
     "--steps 2 --cfg-scale 1 --seed 3 --classes 1,2 --out deep/like.png",
     "--interpolate photo.png pictures/000001.png --steps 2 --classes 4 --out row.png",
+    "--query photo.png toy --steps 2 --classes 4,5 --out query.png",
     "--neighbours toy --steps 2 --classes null --out nearest.png",
 ]
 
@@ -82,6 +83,26 @@ def test_neighbours(explore):
     assert (sheet[1::8] != sheet[2::8]).any(axis=(1, 2, 3)).all()
 
 
+def test_query(explore):
+    """An image that is in the folder is its own nearest; without noise the rows are the decoded."""
+    flags = "--strength 0 --steps 2 --classes 3,7"
+    said = explore(f"--query pictures/000004.png pictures {flags} --out query.png")
+    assert "the nearest of 20 images (cosine 1.000)" in said
+    sheet = cells("query.png", columns=8).reshape(3, 8, 32, 32, 3)
+    assert (sheet[0, 0] == np.asarray(Image.open("pictures/000004.png"))).all()
+    assert (sheet[0, 1] == sheet[0, 0]).all()
+    assert (sheet[0, 2] != sheet[0, 0]).any()
+    assert (sheet[1] == sheet[2]).all()
+    same = "pictures/000004.png pictures/000004.png"
+    explore(f"--interpolate {same} --strength 0 --steps 2 --out row.png")
+    decoded = cells("row.png", columns=8)[0].astype(int)
+    assert np.abs(sheet[1, 0] - decoded).max() <= 1  # another batch may round otherwise
+    # With noise the class matters.
+    explore("--query pictures/000004.png pictures --steps 2 --classes 3,7 --out query.png")
+    sheet = cells("query.png", columns=8).reshape(3, 8, 32, 32, 3)
+    assert (sheet[1] != sheet[2]).any()
+
+
 def test_every_flag_runs(explore, tmp_path):
     shutil.copytree("out/diffusion", "moved")
     shutil.copy(ROOT / "assets/toy_decoder.pt", "toy_decoder.pt")
@@ -120,11 +141,12 @@ def test_every_flag_is_run(run, monkeypatch):
 
 
 MISTAKES = {
-    "": "one of the arguments --like --interpolate --neighbours is required",
+    "": "one of the arguments --like --interpolate --query --neighbours is required",
     "--like a.png --neighbours toy": "not allowed with argument --like",
     "--like missing.png": "missing.png: not readable as an image",
     "--interpolate photo.png": "expected 2 arguments",
     "--neighbours missing": "missing: no such folder",
+    "--query photo.png missing": "missing: no such folder",
     "--like photo.png --ckpt missing.pt": "missing.pt: no such file",
     "--like photo.png --ckpt bare.pt": "does not name its decoder; pass --decoder",
     "--like photo.png --classes 3,10": "out of range 0 to 9",
