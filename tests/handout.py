@@ -43,7 +43,7 @@ EXERCISES = [
         "functions": [("rae.py", "latent_statistics")],
         "tests": ["tests/test_rae.py::test_statistics_equal_numpy"],
         "expect": "mean and variance of every channel at every place, over images and their mirror "
-        "images, in one pass",
+        "images, in one pass.",
         "paper": "3",
     },
     {
@@ -74,7 +74,8 @@ EXERCISES = [
             "tests/test_dit_dh.py::test_loss_is_zero_for_the_true_velocity",
             "tests/test_dit_dh.py::test_the_loss_draws_times_and_noise",
         ],
-        "expect": "logit(t) has mean 0 and deviation 1; a model that knows the velocity has loss 0",
+        "expect": "logit(t) has mean 0 and deviation 1; a model that knows the velocity has a loss "
+        "of 0.",
         "paper": "J",
     },
     {
@@ -86,7 +87,7 @@ EXERCISES = [
             "tests/test_dit_dh.py::test_rope_turns_by_the_distance",
             "tests/test_dit_dh.py::test_rope_by_hand",
         ],
-        "expect": "q times k depends on how many rows and columns lie between; lengths stay",
+        "expect": "q times k depends on how many rows and columns lie between; lengths stay.",
         "paper": "D",
     },
     {
@@ -100,7 +101,7 @@ EXERCISES = [
             "tests/test_dit_dh.py::test_bf16_keeps_float32_where_it_matters",
             "tests/test_golden.py::test_loss",
         ],
-        "expect": "velocities of the released model, to 2e-5",
+        "expect": "velocities of the released model, to 2e-5.",
         "paper": "5",
     },
     {
@@ -110,7 +111,7 @@ EXERCISES = [
         "functions": [("tests/experiments.py", "theorem_1")],
         "tests": ["tests/test_experiments.py::test_theorem_1"],
         "expect": "points less than 0.1 above 1 - d / 128; with a head even a backbone of 16 fits. "
-        "Hand in figures/theorem_1.png",
+        "Hand in figures/theorem_1.png.",
         "paper": "4.1",
     },
     {
@@ -119,7 +120,7 @@ EXERCISES = [
         "title": "The averaged weights",
         "functions": [("rae.py", "update_ema")],
         "tests": ["tests/test_rae.py::test_ema_warms_up_and_is_no_alias"],
-        "expect": "after step 0 the average is 0.1 of the old and 0.9 of the new",
+        "expect": "after step 0 the average is 0.1 of the old and 0.9 of the new.",
         "paper": "D",
     },
     {
@@ -137,7 +138,7 @@ EXERCISES = [
         ],
         "expect": "one Euler step is exact on a straight flow; CFG calls the model once a step, on "
         "2 B latents. Now python train_diffusion.py draws your first pictures, in two minutes: "
-        "hand in its last samples_*.png",
+        "hand in its last samples_*.png.",
         "paper": "5.1, I",
     },
     {
@@ -147,7 +148,7 @@ EXERCISES = [
         "functions": [("fid.py", "frechet_distance")],
         "tests": ["tests/test_fid.py::test_frechet_distance_of_gaussians"],
         "expect": "|mu1 - mu2|^2 + |sqrt(s1) - sqrt(s2)|^2 where both covariances are diagonal, "
-        "s1 and s2; not where they do not commute",
+        "s1 and s2; not where they do not commute.",
         "paper": "E",
     },
     {
@@ -156,7 +157,7 @@ EXERCISES = [
         "title": "The shift, tried",
         "functions": [("tests/experiments.py", "shift_sweep")],
         "tests": ["tests/test_experiments.py::test_shift_sweep"],
-        "expect": "a distance that falls and rises again. Hand in figures/shift_sweep.png",
+        "expect": "a distance that falls and rises again. Hand in figures/shift_sweep.png.",
         "paper": "4.2",
     },
     {
@@ -169,7 +170,7 @@ EXERCISES = [
             "tests/test_stage1.py::test_adaptive_weight_by_hand",
         ],
         "expect": "with tau 0.8 sigma is 0.4 on average, 0.64 if half-normal; gradients (3, 3) and "
-        "(2, 0) give a weight of 2.12, a GAN gradient of 0 gives 10000",
+        "(2, 0) give a weight of 2.12, a GAN gradient of 0 gives 10000.",
         "paper": "4.3, C",
     },
     {
@@ -178,7 +179,7 @@ EXERCISES = [
         "title": "The noise, tried",
         "functions": [("tests/experiments.py", "noise_sweep")],
         "tests": ["tests/test_experiments.py::test_noise_sweep"],
-        "expect": "two lines that cross. Hand in figures/noise_sweep.png",
+        "expect": "two lines that cross. Hand in figures/noise_sweep.png.",
         "paper": "4.3",
     },
 ]
@@ -317,7 +318,7 @@ def student_readme(numbers):
         kind = " (E)" if "experiments" in functions else ""
         table += (
             f"{number}. **{exercise['title']}**{kind}, {exercise['minutes']} minutes, section "
-            f"{exercise['paper']}. Write {functions}.\n   Expect: {exercise['expect']}.\n\n"
+            f"{exercise['paper']}. Write {functions}.\n   Expect: {exercise['expect']}\n\n"
             f"       {command_of(exercise)}\n\n"
         )
     return README.format(first=command_of(EXERCISES[numbers[0] - 1]), table=table)

@@ -1,6 +1,7 @@
 """Answers that a student may give: wrong ones, which a grader must fail, and right ones.
 
     python tests/mutants.py                   # grades them all; a line for each that ends otherwise
+    python tests/mutants.py 200               # and runs the tests of right ones 200 times
 
 An answer is a change to our own function. Each is graded in a process forked from this one, by
 the tests of its exercise, and what torch compiled is shared: a hundred take two minutes.
@@ -279,7 +280,17 @@ def put(function, old, new):
     setattr(getattr(module, classes[0]) if classes else module, name, names[name])
 
 
-def grade(function, old, new):
+class Repeat:
+    """A plugin of pytest that runs every test so many times."""
+
+    def __init__(self, times):
+        self.times = times
+
+    def pytest_collection_modifyitems(self, items):
+        items *= self.times
+
+
+def grade(function, old, new, times=1):
     """pytest's exit code: 0 if the exercise's tests pass, 1 if one fails."""
     pid = os.fork()
     if pid == 0:
@@ -292,7 +303,8 @@ def grade(function, old, new):
             os.write(2, f"{error!r}\n".encode())
             os._exit(9)
         exercise, _ = exercise_of(function)
-        os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *exercise["tests"]]))
+        flags = ["-q", "-x", "-p", "no:cacheprovider"]
+        os._exit(pytest.main([*flags, *exercise["tests"]], plugins=[Repeat(times)]))
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -302,10 +314,11 @@ def main():
     import rae  # noqa: F401
     import train_decoder  # noqa: F401
 
-    for answers, name, code in ((WRONG, "wrong", 1), (RIGHT, "right", 0)):
+    times = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+    for answers, name, code, repeat in ((WRONG, "wrong", 1, 1), (RIGHT, "right", 0, times)):
         found = 0
         for answer in answers:
-            got = grade(*answer)
+            got = grade(*answer, repeat)
             found += got == code
             if got != code:
                 print(f"{name}, but {got}: {answer}", flush=True)

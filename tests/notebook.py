@@ -1,0 +1,62 @@
+"""Write assets/lab.ipynb: assets/lab.py as a notebook, with what it draws.
+
+    pip install nbclient nbformat ipykernel ipywidgets matplotlib
+    python tests/notebook.py            # runs it, 5 minutes on 2 CPU cores -> assets/lab.ipynb
+
+In lab.py a cell begins with "# %%", one of text with "# %% [markdown]". A line of text "@exercise
+5" becomes what tests/handout.py says of that exercise, a line "# %pip" the command.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from handout import EXERCISES
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def about(number):
+    """An exercise in one sentence."""
+    exercise = EXERCISES[number - 1]
+    names = " and ".join(f"`{name}`" for _, name in exercise["functions"])
+    return f"*Exercise {number}, {exercise['title']}: write {names}. {exercise['expect']}*"
+
+
+def build():
+    """The notebook, not run."""
+    notebook = nbformat.v4.new_notebook()
+    source = (ROOT / "assets/lab.py").read_text()
+    for number, text in enumerate(re.split(r"^# %%", source, flags=re.M)[1:]):
+        kind, body = text.split("\n", 1)
+        if "markdown" in kind:
+            body = re.sub(r"^# ?", "", body, flags=re.M)
+            body = re.sub(r"^@exercise (\d+)$", lambda m: about(int(m[1])), body, flags=re.M)
+            cell = nbformat.v4.new_markdown_cell(body.strip())
+        else:
+            cell = nbformat.v4.new_code_cell(body.replace("# %pip", "%pip").strip())
+        cell.id = f"cell-{number}"  # the same for the same text: drawn at random otherwise
+        notebook.cells.append(cell)
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    return notebook
+
+
+def run(notebook):
+    """Run all cells; an error in one is raised here."""
+    client = NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(ROOT)}})
+    client.execute()
+
+
+def main():
+    notebook = build()
+    run(notebook)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # the times of day
+    nbformat.write(notebook, ROOT / "assets/lab.ipynb")
+    print("wrote assets/lab.ipynb")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

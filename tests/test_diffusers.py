@@ -1,0 +1,269 @@
+"""assets/to_diffusers.py: the same images and latents there and back, and mistakes in one line."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, gap
+
+SCRIPT = "assets/to_diffusers.py"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def autoencoder_rae():
+    """diffusers' class, or the test is skipped."""
+    reason = "needs pip install diffusers transformers"
+    pytest.importorskip("transformers", minversion="5.18", reason=reason)
+    diffusers = pytest.importorskip("diffusers", minversion="0.40", reason=reason)
+    diffusers.logging.set_verbosity_error()  # else it recommends accelerate at every load
+    return diffusers.AutoencoderRAE
+
+
+@pytest.fixture
+def make(monkeypatch, run):
+    """make("dinov2-s", "toy", 256) writes decoder.pt, stat.pt and model.pt, and returns the first.
+
+    It holds a random decoder and statistics and names encoder.pt, random weights of the published
+    sizes but two blocks deep. The decoder's positions are those that training begins with. model.pt
+    is the bare decoder.
+    """
+    import timm
+
+    import rae
+
+    create_model = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: create_model(*a, depth=2, **k))
+
+    def call(encoder, size, image_size):
+        # Noise on every tensor: some begin at 0 or 1, and would hide that they changed places.
+        vit = timm.create_model(rae.ENCODERS[encoder]["model"], num_classes=0)
+        noisy = {name: w + 0.05 * torch.randn_like(w) for name, w in vit.state_dict().items()}
+        torch.save(noisy, "encoder.pt")
+        grid_size = image_size // 16
+        decoder = rae.Decoder(vit.embed_dim, grid_size, 16, *rae.DECODERS[size])
+        state = decoder.state_dict()
+        for name, w in state.items():
+            if w.ndim == 1 or name == "trainable_cls_token":
+                w += 0.1 * torch.randn_like(w)
+        shape = (vit.embed_dim, grid_size, grid_size)
+        mean = torch.randn(shape)
+        var = 3 * torch.rand(shape) ** 8 + 1e-6  # small ones too
+        names = {"encoder": encoder, "encoder_weights": "encoder.pt"}
+        content = {"ema": state, "mean": mean, "var": var, **names}
+        torch.save(content, "decoder.pt")
+        torch.save({"mean": mean, "var": var}, "stat.pt")
+        torch.save(state, "model.pt")
+        return content
+
+    return call
+
+
+def grid(z):
+    """Latents (B, N, C) as diffusers has them, (B, C, h, w)."""
+    side = int(z.shape[1] ** 0.5)
+    return z.transpose(1, 2).unflatten(2, (side, side))
+
+
+def relative_gap(a, b):
+    return gap(a, b) / b.abs().max().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "encoder, size", [("dinov2-s", "toy"), ("dinov2-b", "B"), ("dinov2-l", "toy"), ("mae-b", "toy")]
+)
+@torch.no_grad()
+def test_there_and_back(autoencoder_rae, run, make, encoder, size):
+    """Decoding, encoding and both: the same to 1e-5, and the weights to the bit after both ways."""
+    import rae
+
+    content = make(encoder, size, 256)
+    said = run(SCRIPT, "decoder.pt vae", tiny=False)
+    assert said == "wrote vae\n"  # and nothing of positions, which are diffusers' own
+    assert sorted(path.name for path in Path("vae").iterdir()) == ["config.json", WEIGHTS]
+    run(SCRIPT, "--back vae again.pt", tiny=False)
+
+    again = rae.read_file("again.pt")
+    assert again["encoder"] == encoder
+    assert again["ema"].keys() == content["ema"].keys()
+    for name, w in content["ema"].items():
+        assert torch.equal(again["ema"][name], w), name
+    assert torch.equal(again["mean"], content["mean"])
+    # s = sqrt(var + 1e-5) is rounded to float32, and so is s - 1e-5.
+    var = content["var"].double()
+    error = ((again["var"].double() - var).abs() / (var + 1e-5)).max().item()
+    assert error < 5e-7
+
+    ours = rae.load_rae("decoder.pt")
+    back = rae.load_rae("again.pt", encoder_weights="encoder.pt")
+    vae = autoencoder_rae.from_pretrained("vae")
+    images = torch.rand(2, 3, 256, 256)
+    if encoder == "mae-b":
+        # transformers' LayerNorms have an eps of 1e-12 there, timm's of 1e-6: 3e-5 of the latents.
+        assert relative_gap(vae.encode(images).latent, grid(ours.encode(images))) < 1e-4
+        for module in vae.encoder.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = 1e-6
+    z = torch.randn(2, *ours.latent_mean.shape)  # (2, N, C)
+    gaps = {
+        "decode": relative_gap(vae.decode(grid(z)).sample, ours.decode(z)),
+        "decode, back": relative_gap(back.decode(z), vae.decode(grid(z)).sample),
+        "encode": relative_gap(vae.encode(images).latent, grid(ours.encode(images))),
+        "encode, back": relative_gap(grid(back.encode(images)), vae.encode(images).latent),
+        "both": relative_gap(vae(images).sample, ours.decode(ours.encode(images))),
+    }
+    print(encoder, size, error, gaps)
+    assert max(gaps.values()) < 1e-5
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_learned_positions(autoencoder_rae, run, make):
+    """diffusers leaves them out, until one does as the top of the script says. With every flag."""
+    import rae
+
+    content = make("dinov2-s", "toy", 64)
+    positions = content["ema"]["decoder_pos_embed"]
+    positions += 0.1 * torch.randn_like(positions)
+    torch.save(content["ema"], "model.pt")
+    about = "--encoder dinov2-s --encoder-weights encoder.pt --stats stat.pt"
+    said = run(SCRIPT, f"model.pt vae {about}", tiny=False)
+    assert "set them as this script's top says" in said
+    run(SCRIPT, "--back vae again.pt", tiny=False)
+    assert torch.equal(rae.read_file("again.pt")["ema"]["decoder_pos_embed"], positions)
+
+    top = (ROOT / SCRIPT).read_text().split('"""')[1]
+    lines = [line.strip() for line in top.splitlines() if line.startswith(("    vae", "    tens"))]
+    assert len(lines) == 3
+    names = {}
+    exec("import safetensors.torch\nfrom diffusers import AutoencoderRAE", names)
+    exec(lines[0], names)
+    vae = names["vae"]
+    ours = rae.load_rae("model.pt", "dinov2-s", "encoder.pt", "stat.pt")
+    z = torch.randn(2, 16, 384)
+    assert relative_gap(vae.decode(grid(z)).sample, ours.decode(z)) > 1e-2
+    exec("\n".join(lines[1:]), names)
+    assert relative_gap(vae.decode(grid(z)).sample, ours.decode(z)) < 1e-5
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_folders_that_others_wrote(autoencoder_rae, run, make):
+    """Latents that are scaled, no statistics, and positions that are not in the file."""
+    import rae
+
+    make("dinov2-s", "toy", 256)
+    run(SCRIPT, "decoder.pt vae", tiny=False)
+    theirs = autoencoder_rae.from_pretrained("vae", scaling_factor=0.5)
+    plain = autoencoder_rae.from_config(
+        dict(theirs.config, latents_mean=None, latents_std=None, scaling_factor=1.0)
+    )
+    state = {name: w for name, w in theirs.state_dict().items() if "_latents" not in name}
+    plain.load_state_dict(plain.state_dict() | state)
+    z = torch.randn(2, 256, 384)
+    for name, vae in {"scaled": theirs, "plain": plain.eval()}.items():
+        vae.save_pretrained(name)
+        run(SCRIPT, f"--back {name} {name}.pt", tiny=False)
+        ours = rae.load_rae(f"{name}.pt", encoder_weights="encoder.pt")
+        assert relative_gap(vae.decode(grid(z)).sample, ours.decode(z)) < 1e-5
+
+
+@pytest.mark.slow
+def test_nothing_half_written(autoencoder_rae, run, make, monkeypatch):
+    def full_disk(self, folder):
+        Path(folder).mkdir()
+        (Path(folder) / "config.json").write_text("{}")
+        raise RuntimeError("No space left on device")
+
+    make("dinov2-s", "toy", 64)
+    monkeypatch.setattr(autoencoder_rae, "save_pretrained", full_disk)
+    refused(run, "decoder.pt vae", "vae: cannot be saved (No space left on device); make room")
+
+
+def refused(run, arguments, expected):
+    """The script says one line with `expected` in it, and nothing is written."""
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit, match="^error: [^\n]*$") as stopped:
+        run(SCRIPT, arguments, tiny=False)
+    assert expected in str(stopped.value)
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_mistakes(run, monkeypatch):
+    refused(run, "toy vae", "encoder toy: diffusers has none such")
+    refused(run, "nowhere.pt vae", "nowhere.pt: no such file")
+    refused(run, "toy", "the following arguments are required: OUT")
+    for encoder in ("siglip2-b", "dino-s8", "dinov2-x", "timm:vit_tiny_patch16_224"):
+        torch.save({"encoder": encoder}, "decoder.pt")
+        refused(run, "decoder.pt vae", f"encoder {encoder}: diffusers has none such, or does not")
+    torch.save({"encoder": "dinov2-s"}, "decoder.pt")
+    refused(run, "decoder.pt decoder.pt", "decoder.pt: there already")
+    for module in ("transformers", "diffusers"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, "transformers", json)  # any that imports
+            without.setitem(sys.modules, module, None)
+            refused(run, "decoder.pt vae", f"{module}")
+            refused(run, "decoder.pt vae", "pip install -U diffusers transformers")
+
+
+def test_back_without_diffusers(run):
+    """A folder as diffusers writes it of a tiny decoder, and what may be wrong with one."""
+    from safetensors.torch import save_file
+
+    import rae
+
+    decoder = rae.Decoder(768, 16, 2, 8, 1, 2, 16)
+    std = torch.rand(768, 16, 16) + 0.1
+    colours = torch.full((1, 3, 1, 1), 0.5)
+    tensors = {"_latents_mean": 2 * std, "_latents_std": std, "encoder_mean": colours}
+    to_names = {"query": "to_q", "key": "to_k", "value": "to_v", "dense": "to_out.0"}
+    for name, w in decoder.state_dict().items():
+        *_, block, part, kind = f"..{name}".split(".")
+        if block == "attention" or ".attention.output." in name:
+            name = f"decoder_layers.0.attention.{to_names[part]}.{kind}"
+        if name != "decoder_pos_embed":
+            tensors[f"decoder.{name}"] = w
+    config = {
+        "encoder_type": "siglip2",
+        "encoder_hidden_size": 768,
+        "encoder_patch_size": 16,
+        "encoder_input_size": 256,
+        "decoder_hidden_size": 8,
+        "decoder_num_attention_heads": 2,
+        "scaling_factor": 1.0,
+    }
+
+    def write(config, tensors):
+        Path("vae").mkdir(exist_ok=True)
+        Path("vae/config.json").write_text(json.dumps(config))
+        save_file(tensors, f"vae/{WEIGHTS}")
+
+    write(config, tensors)
+    run(SCRIPT, "--back vae new/decoder.pt", tiny=False)
+    content = rae.read_file("new/decoder.pt")
+    assert content["encoder"] == "siglip2-b"
+    assert torch.equal(content["mean"], 2 * std)
+    assert gap((content["var"] + 1e-5).sqrt(), std + 1e-5) < 1e-6
+    tokens = torch.randn(2, 256, 768)
+    again = rae.load_released_decoder("new/decoder.pt")
+    assert torch.equal(again(tokens), decoder(tokens))
+
+    refused(run, "--back vae new/decoder.pt", "new/decoder.pt: there already")
+    refused(run, "--back vae a.pt --encoder mae-b", "--stats: without effect with --back")
+    refused(run, "--back new a.pt", f"new/{WEIGHTS}: no such file")
+    write(config | {"encoder_type": "clip"}, tensors)
+    refused(run, "--back vae a.pt", "vae: not an AutoencoderRAE that we have (KeyError: 'clip-b')")
+    write({"_class_name": "AutoencoderKL"}, tensors)
+    refused(run, "--back vae a.pt", "KeyError: 'encoder_hidden_size'")
+    write(config | {"encoder_input_size": 512}, tensors)
+    refused(run, "--back vae a.pt", "vae: not an AutoencoderRAE that we have (RuntimeError")
+    write(config | {"encoder_type": "mae"}, tensors)
+    refused(run, "--back vae a.pt", "its encoder_mean is not that of mae-b")
+    del tensors["decoder.decoder_norm.bias"]
+    write(config, tensors)
+    refused(run, "--back vae a.pt", "decoder_norm.bias")
+    Path("vae/config.json").write_text("{")
+    refused(run, "--back vae a.pt", "vae: not an AutoencoderRAE that we have (JSONDecodeError")
