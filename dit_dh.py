@@ -275,12 +275,18 @@ class DiTDH(nn.Module):
     def forward(self, x_t, t, y):
         """x_t (B, N, C), t (B,) after the shift, labels y (B,) -> the velocity v (B, N, C).
 
-        The condition c is the time's embedding plus the label's. In a plain DiT blocks and final
-        layer are under c, as released. With a head (section 5):
+        The condition c is the time's embedding plus the label's. The plain DiT:
 
-            h = s_embedder(x_t) + pos_embed     through the backbone's blocks, under SiLU(c)
+            x = x_embedder(x_t) + pos_embed     through blocks (feat_rope) and final layer, under c
+
+        With a head (section 5):
+
+            h = s_embedder(x_t) + pos_embed     through the backbone (enc_feat_rope), under SiLU(c)
             s = s_projector(SiLU(h + t_emb))    one condition for each token
-            x = x_embedder(x_t), as float32     through the head's blocks and final layer, under s
+            x = x_embedder(x_t), as float32     through the head's blocks (dec_feat_rope) and final
+                                                layer, under s
+
+        What the final layer gives becomes the velocity in self.velocity.
         """
         t_emb = self.t_embedder(t)[:, None]  # (B, 1, D)
         c = t_emb + self.y_embedder(y)[:, None]  # (B, 1, D)
@@ -342,8 +348,8 @@ def shift_time(t, alpha):
 def draw_time(u, dist="logit-normal"):
     """Training times (B,) before the shift, from uniform numbers u (B,).
 
-    "logit-normal", the sigmoid of a standard normal, is the later release's, "uniform" the first's:
-    0.999 u. Both end at 0.999, as released; sampling, which begins at 1, hardly extrapolates.
+    "logit-normal", the sigmoid of a standard normal clamped to 0.999, is the later release's;
+    "uniform", 0.999 u, the first's. Sampling, which begins at 1, hardly extrapolates.
     """
     if dist == "uniform":
         return 0.999 * u
@@ -352,7 +358,7 @@ def draw_time(u, dist="logit-normal"):
 
 
 def time_grid(steps, alpha, t_last=0.0, t_first=1.0):
-    """The sampler's times (steps + 1,), shifted by alpha; t_first and t_last are before the shift.
+    """The sampler's times (steps + 1,): evenly spaced from t_first down to t_last, then shifted.
 
     The model is evaluated at all but the last. The release counts points, not evaluations, and
     stops short of 0: its "50 steps" are steps=49, t_last=0.001.
@@ -366,7 +372,7 @@ def flow_loss(model, z, y, alpha, t=None, noise=None):
 
     z (B, N, C) are latents and y (B,) labels, some of them replaced by the null label if the model
     is to learn that. t (B,), before the shift by alpha, and noise (B, N, C) are drawn unless
-    given.
+    given. The model gets the time after the shift.
     """
     if t is None:
         t = draw_time(torch.rand(len(z), device=z.device))
@@ -386,10 +392,11 @@ def sample(
     """Euler steps along v: noise (B, N, C) at timesteps[0] -> a latent (B, N, C) at timesteps[-1].
 
     timesteps are those of time_grid, y (B,) labels. Two kinds of guidance (section 5.1, appendix I)
-    move v further away from what a worse model predicts. Both act only at times within `interval`,
-    after the shift like timesteps; to ask for both is a ValueError:
+    move v further away from what a worse model predicts. A scale of 1 is none, and costs nothing.
+    Both act only at times within `interval`, its ends included, after the shift like timesteps and
+    compared in their dtype. To ask for both, at scales other than 1, is a ValueError:
 
-        v = v_null + cfg_scale (v - v_null)      v_null is v under the null label
+        v = v_null + cfg_scale (v - v_null)      v_null is v under the label model.num_classes
         v = v_weak + guide_scale (v - v_weak)    v_weak is v of `guide`, a smaller or less trained
                                                  model (AutoGuidance)
     """

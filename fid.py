@@ -522,8 +522,9 @@ def mean_and_covariance(features):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """The squared Frechet distance of two Gaussians with means (D,) and covariances (D, D).
 
-    |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 sqrt(sigma1 sigma2)): FID, if they are of pool3 features
-    (Heusel et al. 2017), and sFID, if of spatial ones (Nash et al. 2021).
+    |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 sqrt(sigma1 sigma2)), a float, of numpy's float64 arrays:
+    FID, if they are of pool3 features (Heusel et al. 2017), and sFID, if of spatial ones (Nash et
+    al. 2021). With fewer images than features the covariances are singular.
     """
     # Of the matrix square root only the trace is wanted, which is the sum of the square roots of
     # the eigenvalues. The product of two covariances is not symmetric, but has the eigenvalues of

@@ -594,8 +594,10 @@ class RAE(nn.Module):
 def latent_statistics(encoder, data, batch_size, device, workers=0):
     """The exact mean and variance, (C, h, w) each, of a data set's raw tokens, in both flips.
 
-    One pass over the centre crops in float64, shared by all processes. (The released statistics are
-    a running average, which leans towards the last images.)
+    One pass over the centre crops, summed in float64 and returned as float32. The variance divides
+    by the number of views, not by one less. The processes share the work (deal_batches,
+    read_batches, all_reduce_mean). (The released statistics are a running average, which leans
+    towards the last images.)
     """
     rank, world_size = rank_and_world_size()
     batches = deal_batches(len(data), batch_size)

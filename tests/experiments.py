@@ -26,11 +26,11 @@ from rae import load_rae  # noqa: E402
 def theorem_1(widths, head=None, steps=1000):
     """Theorem 1 on one image: {width: loss} of plain DiTs, the mean loss of the last 200 steps.
 
-    The data is one latent: that of the toy's first validation image (load_rae("toy"), its encode).
-    For each width make a DiTDH with a backbone (width, 4, 4), the wide_head `head`, and 10
-    classes. Train it with AdamW at a constant rate of 4e-3. A step has 32 copies of the latent, the
-    null label (10), uniform times and fresh noise, no shift (alpha 1). Seed torch with 0 before
-    each model.
+    The data is one latent: that of the toy's first validation image, in [0, 1] (load_rae("toy"),
+    its encode). For each width make a DiTDH with a backbone (width, 4, 4), the wide_head `head`,
+    and 10 classes. Train it with AdamW at a constant rate of 4e-3 and its other defaults. A step
+    has 32 copies of the latent, the null label (10), times torch.rand(32), fresh noise, and no
+    shift (alpha 1). Seed torch with 0 before each model.
     """
     rae = load_rae("toy")
     image = torch.from_numpy(ToyShapes("val").images[:1]).float() / 255
@@ -73,9 +73,10 @@ def fresh(out):
 def shift_sweep(alphas, steps=500, num=500):
     """{alpha: Frechet distance} of models trained with these schedule shifts.
 
-    With `run` above, for each alpha: train_diffusion.py with so many --steps, half of them with
-    the rate held, and an --out of its own, `fresh`; sample.py with --num and --cfg-scale 1;
-    fid.py --json, against the toy. All with their defaults otherwise.
+    With `run` above, for each alpha: train_diffusion.py with so many --steps, --hold steps // 2,
+    and an --out of its own, `fresh`; sample.py with --num and --cfg-scale 1, to OUT.npz; fid.py
+    --json, of that against the toy: "Frechet distance" is the number. All with their defaults
+    otherwise.
     """
     result = {}
     for alpha in alphas:
@@ -92,9 +93,9 @@ def noise_sweep(taus, sigmas, steps=300, num=500):
     """{tau: {sigma: PSNR in dB}} of decoders trained with these taus, from noisy latents.
 
     With `run` above, for each tau: train_decoder.py with --noise-tau, --gan 0, so many --steps and
-    an --out of its own, `fresh`. Then for each sigma train_decoder.py --eval-only with that
-    --eval-sigma and num as --eval-num. It prints JSON: psnr_noisy is the number. All with their
-    defaults otherwise.
+    an --out of its own, `fresh`. Then for each sigma train_decoder.py --eval-only with the same
+    --out, that --eval-sigma and num as --eval-num. Its last line is JSON: psnr_noisy is the number.
+    All with their defaults otherwise.
     """
     result = {}
     for tau in taus:

@@ -28,8 +28,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("*.py", "requirements.txt", "LICENSE", ".gitignore", "assets", "tests")
 # Answers, tests that only we run, and tests of the README and of this file.
-NOT_COPIED = ("__pycache__", "*.md", "lab.*", "hidden.py", "mutants.py", "notebook.py")
-NOT_COPIED += ("test_handout.py", "test_claims.py", "test_notebook.py")
+NOT_COPIED = ("__pycache__", "*.md", "lab.*", "why_shift.*", "claims.*", "to_diffusers.py")
+NOT_COPIED += ("handout.py", "hidden.py", "mutants.py", "notebook.py", "test_handout.py")
+NOT_COPIED += ("test_claims.py", "test_diffusers.py", "test_notebook.py")
 SECONDS = 300  # for the tests of an exercise
 # What the scripts print in one line: of ours, and of the copy, where it may be what is to be done.
 CAUGHT = "except (ValueError, OSError)"
@@ -44,7 +45,7 @@ EXERCISES = [
         "tests": ["tests/test_rae.py::test_statistics_equal_numpy"],
         "expect": "mean and variance of every channel at every place, over images and their mirror "
         "images, in one pass.",
-        "paper": "3",
+        "paper": "section 3",
     },
     {
         "sitting": 1,
@@ -62,7 +63,7 @@ EXERCISES = [
         ],
         "expect": "256 tokens of 768 channels have alpha 6.928; 0 and 1 stay in place. Answer in "
         "answers.txt: why the square root?",
-        "paper": "4.2",
+        "paper": "section 4.2",
     },
     {
         "sitting": 1,
@@ -76,7 +77,7 @@ EXERCISES = [
         ],
         "expect": "logit(t) has mean 0 and deviation 1; a model that knows the velocity has a loss "
         "of 0.",
-        "paper": "J",
+        "paper": "appendix J",
     },
     {
         "sitting": 1,
@@ -88,7 +89,7 @@ EXERCISES = [
             "tests/test_dit_dh.py::test_rope_by_hand",
         ],
         "expect": "q times k depends on how many rows and columns lie between; lengths stay.",
-        "paper": "D",
+        "paper": "appendix D",
     },
     {
         "sitting": 2,
@@ -100,19 +101,23 @@ EXERCISES = [
             "tests/test_golden.py::test_plain_dit",
             "tests/test_dit_dh.py::test_bf16_keeps_float32_where_it_matters",
             "tests/test_golden.py::test_loss",
+            "tests/test_dit_dh.py::test_predicting_x_gives_the_velocity_of_it",
         ],
         "expect": "velocities of the released model, to 2e-5.",
-        "paper": "5",
+        "paper": "section 5",
     },
     {
         "sitting": 2,
         "minutes": 40,
         "title": "Theorem 1",
         "functions": [("tests/experiments.py", "theorem_1")],
-        "tests": ["tests/test_experiments.py::test_theorem_1"],
+        "tests": [
+            "tests/test_experiments.py::test_theorem_1_draws_uniform_times",
+            "tests/test_experiments.py::test_theorem_1",
+        ],
         "expect": "points less than 0.1 above 1 - d / 128; with a head even a backbone of 16 fits. "
         "Hand in figures/theorem_1.png.",
-        "paper": "4.1",
+        "paper": "section 4.1",
     },
     {
         "sitting": 2,
@@ -121,7 +126,7 @@ EXERCISES = [
         "functions": [("rae.py", "update_ema")],
         "tests": ["tests/test_rae.py::test_ema_warms_up_and_is_no_alias"],
         "expect": "after step 0 the average is 0.1 of the old and 0.9 of the new.",
-        "paper": "D",
+        "paper": "appendix D",
     },
     {
         "sitting": 2,
@@ -133,13 +138,12 @@ EXERCISES = [
             "tests/test_dit_dh.py::test_guidance_costs_and_formula",
             "tests/test_dit_dh.py::test_guidance_of_scale_1_costs_nothing",
             "tests/test_dit_dh.py::test_an_end_of_the_interval_may_be_a_time",
-            "tests/test_dit_dh.py::test_predicting_x_gives_the_velocity_of_it",
             "tests/test_golden.py::test_samples",
         ],
         "expect": "one Euler step is exact on a straight flow; CFG calls the model once a step, on "
-        "2 B latents. Now python train_diffusion.py draws your first pictures, in two minutes: "
+        "2 B latents. Now python train_diffusion.py draws your first pictures, in minutes: "
         "hand in its last samples_*.png.",
-        "paper": "5.1, I",
+        "paper": "section 5.1, appendix I",
     },
     {
         "sitting": 3,
@@ -149,16 +153,19 @@ EXERCISES = [
         "tests": ["tests/test_fid.py::test_frechet_distance_of_gaussians"],
         "expect": "|mu1 - mu2|^2 + |sqrt(s1) - sqrt(s2)|^2 where both covariances are diagonal, "
         "s1 and s2; not where they do not commute.",
-        "paper": "E",
+        "paper": "appendix E",
     },
     {
         "sitting": 3,
         "minutes": 30,
         "title": "The shift, tried",
         "functions": [("tests/experiments.py", "shift_sweep")],
-        "tests": ["tests/test_experiments.py::test_shift_sweep"],
+        "tests": [
+            "tests/test_experiments.py::test_shift_sweep_runs_what_it_should",
+            "tests/test_experiments.py::test_shift_sweep",
+        ],
         "expect": "a distance that falls and rises again. Hand in figures/shift_sweep.png.",
-        "paper": "4.2",
+        "paper": "section 4.2",
     },
     {
         "sitting": 3,
@@ -171,16 +178,19 @@ EXERCISES = [
         ],
         "expect": "with tau 0.8 sigma is 0.4 on average, 0.64 if half-normal; gradients (3, 3) and "
         "(2, 0) give a weight of 2.12, a GAN gradient of 0 gives 10000.",
-        "paper": "4.3, C",
+        "paper": "section 4.3, appendix C",
     },
     {
         "sitting": 3,
         "minutes": 30,
         "title": "The noise, tried",
         "functions": [("tests/experiments.py", "noise_sweep")],
-        "tests": ["tests/test_experiments.py::test_noise_sweep"],
+        "tests": [
+            "tests/test_experiments.py::test_noise_sweep_runs_what_it_should",
+            "tests/test_experiments.py::test_noise_sweep",
+        ],
         "expect": "two lines that cross. Hand in figures/noise_sweep.png.",
-        "paper": "4.3",
+        "paper": "section 4.3",
     },
 ]
 
@@ -275,16 +285,18 @@ From a latent to pictures: you write what a Representation Autoencoder
 (https://arxiv.org/abs/2510.11690) is made of. Each function has lost its body; its docstring says
 what to write. In this order, since later ones use earlier ones.
 
-    pip install -r requirements.txt matplotlib
+    pip install -r requirements.txt matplotlib       # best in an environment: python -m venv .venv
     {first}
 
-Tests fail until an exercise is done, and say what they miss. What is not yet written ends a script
-in one line. Change nothing but the bodies: only they are graded, with other inputs besides. Three
-marked E are experiments: `python tests/experiments.py NAME` draws a figure of what you wrote.
+Tests fail until an exercise is done; pytest --tb=short says so in fewer lines. What is not yet
+written ends a script in one line. Change nothing but the bodies: only they are graded, with other
+inputs besides, and an import of yours has to stand inside. Three marked E are experiments, whose
+tests take a minute or two; `python tests/experiments.py NAME` draws a figure of what you wrote.
 
 {table}
 To hand in: `./submit.sh` runs the tests of dit_dh.py once more and writes submission.zip, with the
-files that you wrote in, the figures, the last pictures of train_diffusion.py and answers.txt.
+files that you wrote in, the figures, the last pictures of train_diffusion.py and answers.txt. It
+says what is missing.
 """
 
 SUBMIT = """#!/bin/sh
@@ -294,12 +306,15 @@ python - <<'END'
 import zipfile
 from pathlib import Path
 files = ["dit_dh.py", "rae.py", "train_decoder.py", "fid.py", "tests/experiments.py", "answers.txt"]
-files += sorted(map(str, Path("figures").glob("*.png")))
+files += [f"figures/{name}.png" for name in ("theorem_1", "shift_sweep", "noise_sweep")]
 files += sorted(map(str, Path("out/diffusion").glob("samples_*.png")))[-1:]
 with zipfile.ZipFile("submission.zip", "w", zipfile.ZIP_DEFLATED) as archive:
     for file in files:
-        archive.write(file)
-        print(file)
+        if Path(file).exists():
+            archive.write(file)
+            print(file)
+        else:
+            print(f"missing: {file}")
 END
 echo wrote submission.zip
 """
@@ -317,7 +332,7 @@ def student_readme(numbers):
         functions = ", ".join(f"`{name}` in {file}" for file, name in exercise["functions"])
         kind = " (E)" if "experiments" in functions else ""
         table += (
-            f"{number}. **{exercise['title']}**{kind}, {exercise['minutes']} minutes, section "
+            f"{number}. **{exercise['title']}**{kind}, {exercise['minutes']} minutes, "
             f"{exercise['paper']}. Write {functions}.\n   Expect: {exercise['expect']}\n\n"
             f"       {command_of(exercise)}\n\n"
         )

@@ -46,6 +46,7 @@ WRONG = [
     ("draw_time", "normal.sigmoid()", "(2 * normal).sigmoid()"),
     ("draw_time", "normal.sigmoid()", "u"),
     ("draw_time", "normal.sigmoid().clamp(max=0.999)", "normal.sigmoid()"),
+    ("draw_time", "normal.sigmoid().clamp(max=0.999)", "0.999 * normal.sigmoid()"),
     (
         "draw_time",
         "normal = torch.special.ndtri(u)",
@@ -70,6 +71,16 @@ WRONG = [
     ("flow_loss", ".mean(dim=(1, 2))", ".sum(dim=(1, 2))"),
     ("flow_loss", ".square().mean(dim=(1, 2))", ".abs().mean(dim=(1, 2))"),
     ("DiTDH.forward", "F.silu(c)", "c"),
+    (
+        "DiTDH.forward",
+        "return self.velocity(self.final_layer(x, s), x_t, t)",
+        "return self.final_layer(x, s)",
+    ),
+    (
+        "DiTDH.forward",
+        "return self.velocity(self.final_layer(x, c), x_t, t)",
+        "return self.final_layer(x, c)",
+    ),
     ("DiTDH.forward", "F.silu(h + t_emb)", "F.silu(h + c)"),
     ("DiTDH.forward", "F.silu(h + t_emb)", "h + t_emb"),
     ("DiTDH.forward", "F.silu(h + t_emb)", "F.silu(h)"),
