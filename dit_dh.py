@@ -391,10 +391,11 @@ def sample(
 ):
     """Euler steps along v: noise (B, N, C) at timesteps[0] -> a latent (B, N, C) at timesteps[-1].
 
-    timesteps are those of time_grid, y (B,) labels. Two kinds of guidance (section 5.1, appendix I)
-    move v further away from what a worse model predicts. A scale of 1 is none, and costs nothing.
-    Both act only at times within `interval`, its ends included, after the shift like timesteps and
-    compared in their dtype. To ask for both, at scales other than 1, is a ValueError:
+    timesteps are those of time_grid, on any device; y (B,) are labels. Two kinds of guidance
+    (section 5.1, appendix I) move v further away from what a worse model predicts. A scale of 1 is
+    none, and costs nothing. Both act only at times within `interval`, its ends included, after the
+    shift like timesteps and compared in their dtype. To ask for both, at scales other than 1, is a
+    ValueError:
 
         v = v_null + cfg_scale (v - v_null)      v_null is v under the label model.num_classes
         v = v_weak + guide_scale (v - v_weak)    v_weak is v of `guide`, a smaller or less trained

@@ -73,6 +73,7 @@ EXERCISES = [
         "tests": [
             "tests/test_dit_dh.py::test_draw_time",
             "tests/test_dit_dh.py::test_loss_is_zero_for_the_true_velocity",
+            "tests/test_dit_dh.py::test_the_loss_by_hand",
             "tests/test_dit_dh.py::test_the_loss_draws_times_and_noise",
         ],
         "expect": "logit(t) has mean 0 and deviation 1; a model that knows the velocity has a loss "

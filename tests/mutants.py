@@ -42,6 +42,28 @@ WRONG = [
         "var = num_views / (num_views - 1) * (square - mean.square())",
     ),
     ("latent_statistics", "mean.T.unflatten(1, grid)", "mean.T.unflatten(1, grid).mT"),
+    ("flow_loss", "t = shift_time(t, alpha)", "t = t"),
+    (
+        "update_ema",
+        "list(ema.parameters()), list(model.parameters())",
+        "*zip(*[(e.data, p.data) for e, p in zip(ema.parameters(), model.parameters()) "
+        "if p.requires_grad])",
+    ),
+    (
+        "adaptive_weight",
+        "g_rec.norm() / (g_gan.norm() + 1e-6)",
+        "g_rec.norm(dim=1).mean() / (g_gan.norm(dim=1).mean() + 1e-6)",
+    ),
+    (
+        "adaptive_weight",
+        "g_rec.norm() / (g_gan.norm() + 1e-6)",
+        "torch.linalg.matrix_norm(g_rec, 2) / (torch.linalg.matrix_norm(g_gan, 2) + 1e-6)",
+    ),
+    (
+        "frechet_distance",
+        "return float(difference @ difference + np.trace(sigma1 + sigma2) - 2 * trace_of_root)",
+        "return difference @ difference + np.trace(sigma1 + sigma2) - 2 * trace_of_root + 0j",
+    ),
     ("draw_time", "return 0.999 * u", "return u.clamp(max=0.999)"),
     ("draw_time", "normal.sigmoid()", "(2 * normal).sigmoid()"),
     ("draw_time", "normal.sigmoid()", "u"),

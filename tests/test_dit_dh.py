@@ -202,6 +202,22 @@ class Notes(torch.nn.Module):
         return torch.zeros_like(x_t)
 
 
+class GivesTime(torch.nn.Module):
+    """A model whose velocity is the time that it is given."""
+
+    def forward(self, x_t, t, y):
+        return t[:, None, None].expand_as(x_t)
+
+
+def test_the_loss_by_hand():
+    """Of a model that is wrong: the mean of (t' - v)^2, with t' = 3 t / (1 + 2 t) = 0.75, 0.9."""
+    z = torch.tensor([[[1.0, -1.0]], [[0.0, 2.0]]])
+    noise = torch.tensor([[[2.0, 0.0]], [[1.0, 1.0]]])  # v: 1, 1 and 1, -1
+    loss = flow_loss(GivesTime(), z, torch.tensor([0, 1]), 3.0, torch.tensor([0.5, 0.75]), noise)
+    assert loss[0].item() == pytest.approx(0.25**2), "a given t is shifted too"
+    assert loss[1].item() == pytest.approx((0.1**2 + 1.9**2) / 2)
+
+
 def test_the_loss_draws_times_and_noise():
     """A logit-normal time for each image, shifted, and normal noise; bounds of five deviations."""
     model = Notes()

@@ -126,6 +126,7 @@ def test_frechet_distance_of_gaussians():
     closed = np.square(mu1 - mu2).sum() + np.square(np.sqrt(s1) - np.sqrt(s2)).sum()
     got = frechet_distance(mu1, np.diag(s1), mu2, np.diag(s2))
     assert got == pytest.approx(closed, rel=1e-9)
+    assert isinstance(got, float), "a Python number, and a real one"
 
     # Turning both sides alike changes nothing.
     turn = np.linalg.qr(rng.normal(size=(d, d)))[0]

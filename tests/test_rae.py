@@ -418,8 +418,10 @@ def test_statistics_equal_numpy(toy, batch_size, num, monkeypatch):
         parts.append(toy.encoder(part.flip(-1)))
     tokens = torch.cat(parts).double().numpy()  # (2 num, N, C)
     want = tokens.mean(0)
-    assert np.abs(mean.flatten(1).T.numpy() - want).max() < 1e-6 * np.abs(want).max()
-    assert np.allclose(var.flatten(1).T, tokens.var(0), rtol=1e-6, atol=0)
+    off = np.abs(mean.flatten(1).T.numpy() - want).max() / np.abs(want).max()
+    assert off < 1e-6, "the mean: of both flips? the places in their order?"
+    off = np.abs(var.flatten(1).T.numpy() / tokens.var(0) - 1).max()
+    assert off < 1e-6, "the variance: divided by the number of views? summed in float64?"
 
 
 def test_encoder_gradients_reach_the_image_alone(toy):
@@ -761,6 +763,7 @@ def test_ema_warms_up_and_is_no_alias():
     ema = copy.deepcopy(model)
     for p in ema.parameters():
         torch.nn.init.normal_(p)
+    model[1].bias.requires_grad_(False)  # is averaged like the others
 
     def weights(network):
         return torch.cat([p.detach().flatten() for p in network.parameters()])  # a copy

@@ -241,6 +241,9 @@ def test_adaptive_weight_by_hand():
     g_gan = torch.tensor([[2.0, 0.0]])
     weight = T.adaptive_weight(g_rec, g_gan)
     assert weight.item() == pytest.approx(18**0.5 / (2 + 1e-6), rel=1e-6)
+    square = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    weight = T.adaptive_weight(square, torch.eye(2))
+    assert weight.item() == pytest.approx(30**0.5 / 2**0.5, rel=1e-5), "of all entries alike"
     assert T.adaptive_weight(g_rec, 0 * g_gan).item() == 1e4
     assert T.adaptive_weight(1e6 * g_rec, g_gan).item() == 1e4
     assert T.adaptive_weight(2e3 * g_rec, g_gan).item() == pytest.approx(2e3 * 18**0.5 / 2)
