@@ -71,7 +71,7 @@ def main():
     box(axes, 2.7, 4.3, (1.9, 1.2), "encoder\n(frozen ViT)", BLUE)
     picture(axes, z[0], 5.2, 3.9, (2.6, 2), f"z: {shape}")
     picture(axes, eps[0], 5.2, 0.6, (2.6, 2), f"eps: {shape}")
-    picture(axes, x_t[0], 8.8, 2.3, (2.6, 2), f"x_t = (1 - t) z + t eps\nat t = {T}")
+    picture(axes, x_t[0], 8.8, 2.3, (2.6, 2), f"x_t = (1 - t) z + t eps\nat t = {T}, after the shift")
     backbone = "backbone\n8 blocks x 64\ndeep, narrow"
     head = "head\n1 block x 128\nshallow, as wide\nas a token"
     box(axes, 12, 4.2, (2.4, 1.6), backbone, ORANGE)
@@ -79,7 +79,7 @@ def main():
     axes.text(13.2, 6.3, "t, label y", ha="center", fontsize=8)
     picture(axes, v[0], 15, 0.9, (2.6, 2), "velocity v, about eps - z")
     picture(axes, guess[0], 15, 3.9, (2.6, 2), "x_t - t v, a guess at z")
-    box(axes, 18, 4.3, (1.6, 1.2), "decoder\n(ViT)", ORANGE)
+    box(axes, 18, 4.2, (1.6, 1.4), "decoder\n(ViT), trained\nwith noise", ORANGE)
     picture(axes, drawn[0].permute(1, 2, 0), 19.9, 3.9, (2, 2), "image")
     for start, end in (
         ((2.1, 4.9), (2.65, 4.9)),
