@@ -407,7 +407,8 @@ def grade_exercise(number, texts):
         folder = Path(folder)
         (folder / "tree").mkdir()
         copy_files(folder / "tree")
-        shutil.copy(ROOT / "tests/hidden.py", folder / "tree/tests")
+        for name in ("handout.py", "hidden.py"):
+            shutil.copy(ROOT / "tests" / name, folder / "tree/tests")
         shutil.copytree(folder / "tree", folder / "reference")
         for file, name in exercise["functions"]:
             if file not in texts:
