@@ -331,6 +331,7 @@ def test_starts_keep_their_shape_in_short_runs(run):
         assert [x[key] > 0 for x in log] == [i >= first for i in range(8)], key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_both_precisions_train(run, precision):
     flags = f"--precision {precision} --steps 45 --global-batch-size 16 --log-every 15"
