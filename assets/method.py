@@ -71,7 +71,9 @@ def main():
     box(axes, 2.7, 4.3, (1.9, 1.2), "encoder\n(frozen ViT)", BLUE)
     picture(axes, z[0], 5.2, 3.9, (2.6, 2), f"z: {shape}")
     picture(axes, eps[0], 5.2, 0.6, (2.6, 2), f"eps: {shape}")
-    picture(axes, x_t[0], 8.8, 2.3, (2.6, 2), f"x_t = (1 - t) z + t eps\nat t = {T}, after the shift")
+    picture(
+        axes, x_t[0], 8.8, 2.3, (2.6, 2), f"x_t = (1 - t) z + t eps\nat t = {T}, after the shift"
+    )
     backbone = "backbone\n8 blocks x 64\ndeep, narrow"
     head = "head\n1 block x 128\nshallow, as wide\nas a token"
     box(axes, 12, 4.2, (2.4, 1.6), backbone, ORANGE)
