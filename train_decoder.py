@@ -45,6 +45,7 @@ from rae import (
     cast_matrices,
     check_same_run,
     deal_batches,
+    end_quietly,
     error_line,
     keyed_generator,
     keyed_noise,
@@ -752,6 +753,7 @@ def main():
         batch_size=None,  # an item is a batch already
         sampler=range(first_step, args.steps),
         num_workers=args.workers,
+        worker_init_fn=end_quietly,
         pin_memory=args.device == "cuda",
     )
     stream = iter(loader)

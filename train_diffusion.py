@@ -32,6 +32,7 @@ from rae import (
     all_reduce_mean,
     available_devices,
     check_same_run,
+    end_quietly,
     error_line,
     keyed_generator,
     keyed_noise,
@@ -393,6 +394,7 @@ def main():
         batch_size=None,  # an item is a batch already
         sampler=range(first_step, last_step),
         num_workers=args.workers,
+        worker_init_fn=end_quietly,
         pin_memory=args.device == "cuda",
     )
     stream = iter(loader)

@@ -434,7 +434,7 @@ def test_a_stopped_run_says_so(tmp_path, number, code):
     found = re.fullmatch(
         r"stopped at step (\d+); the same command goes on from step (\d+)\n", lines[-1]
     )
-    assert found, lines
+    assert found, "".join(lines)
     step = int(found[1])
     saved = load(tmp_path / "run" / "checkpoint.pt")["step"]
     assert saved == int(found[2])
