@@ -398,11 +398,16 @@ def main():
     if as_pngs and out.suffix.lower() in IMAGE_SUFFIXES | {".npy"}:
         raise ValueError(f"--out {out}: wants NAME.png, NAME.npz or a folder")
     folder = out if as_pngs else out.with_suffix(".parts")
-    if not as_pngs and out.exists() and holds(npz, record):
-        print0(f"{out}: these images are there already")
-        return
-    if not as_pngs and (out.is_dir() or npz.exists() and not holds(npz, record)):
-        raise ValueError(f"{out}: a folder, or {npz} holds other images; pass another --out")
+    if not as_pngs:
+        ours = holds(npz, record)
+        if ours and out.exists():
+            print0(f"{out}: these images are there already")
+            return
+        for path in (out, npz):
+            if path.exists() and not ours:
+                raise ValueError(
+                    f"{path}: there already, and not of these images; pass another --out"
+                )
     if rank == 0:
         claim_folder(folder, record)
     if ddp:

@@ -580,6 +580,8 @@ def get_args():
         raise ValueError(f"--resize {args.resize} is below --image-size {args.image_size}")
     if (args.ckpt or args.stats) and not args.eval_only:
         raise ValueError("--ckpt and --stats are for --eval-only; to train from weights: --init")
+    if (args.vgg_weights or args.dino_weights) and args.critics == "encoder":
+        raise ValueError("--vgg-weights and --dino-weights are of --critics published")
     return args
 
 
@@ -657,6 +659,8 @@ def main():
     if bf16:
         critic = copy.deepcopy(critic)  # the encoder itself stays in float32
         cast_matrices(critic)
+    if args.gan > 0 and critic.grid_size == 1:
+        raise ValueError("--encoder: a single token, too little for a discriminator; pass --gan 0")
     features = ViTFeatures(critic)
     discriminator = Discriminator(features.width, features.num_layers).to(device)
     inception = load_inception(args.inception, device)[1] if args.inception else None
