@@ -340,6 +340,11 @@ def tell(cells, key=None):
     return ", ".join(f"{name}: {show(places, key)}" for name, places in cells.items())
 
 
+def tell_differences(comparisons):
+    """The text of {"A - B": comparison}."""
+    return "; ".join(f"{what} {text}" for what, (_, text) in comparisons.items())
+
+
 def mflop(backbone, head):
     """10^6 FLOPs of one image's forward pass; a training step has three times as many."""
 
@@ -421,7 +426,7 @@ def width():
             "A wide head lets a narrow backbone fit (5)",
             "",
             f"d {half}, with a head of {HEAD}: {show(wide, 'loss')}",
-            fits[1],
+            f"with - without {fits[1]}",
             verdict(fits),
         ),
         (
@@ -461,10 +466,10 @@ def compute():
     points = {}
     for (name, backbone), places in plain.items():
         cells[f"DiT {name} ({mflop(backbone, 'none'):.0f} MFLOP)"] = places
-        comparisons[name] = compare(ours, places)
+        comparisons[f"DiT^DH - {name}"] = compare(ours, places)
         points[int(name.split("x")[1])] = places
     cells["DiT 2x176 at a rate of 8e-3"] = faster
-    comparisons["2x176 at 8e-3"] = compare(ours, faster)
+    comparisons["DiT^DH - 2x176 at 8e-3"] = compare(ours, faster)
     images = size["default"] * TOY["global_batch_size"]
     training = 3 * mflop(BACKBONE, HEAD) * images / 1e6
     rows = [
@@ -472,7 +477,7 @@ def compute():
             "DiT^DH is better than these plain DiTs of similar compute (5)",
             "DiT^DH-B 3.38 at 40% of the FLOPs of DiT-XL, 4.28 (T6)",
             f"MFLOP an evaluation, {training:.0f} TFLOP of training: " + tell(cells),
-            "; ".join(f"DiT^DH - {name} {text}" for name, (_, text) in comparisons.items()),
+            tell_differences(comparisons),
             verdict(*comparisons.values()),
         )
     ]
@@ -487,7 +492,7 @@ def shift():
         cells[alpha] = cell(f"shift/{alpha:g}", alpha=alpha)
     yield
 
-    comparisons = [compare(ours, places) for places in cells.values()]
+    comparisons = {f"{ALPHA:g} - {a:g}": compare(ours, places) for a, places in cells.items()}
     every = dict(sorted((cells | {ALPHA: ours}).items()))
     rows = [
         (
@@ -495,8 +500,8 @@ def shift():
             f"{4 * ALPHA:g}",
             "alpha 1 -> 6.93: 23.08 -> 4.81 (T2, T4)",
             tell({f"alpha {alpha:g}": places for alpha, places in every.items()}),
-            "; ".join(text for _, text in comparisons),
-            verdict(*comparisons),
+            tell_differences(comparisons),
+            verdict(*comparisons.values()),
         )
     ]
     yield rows, panel("Schedule shift", "alpha", "judge", {"DiT^DH": every})
@@ -530,21 +535,21 @@ def decoder():
                 "A decoder trained on noise loses a little on clean latents (4.3)",
                 "rFID 0.49 -> 0.57 (T15)",
                 "PSNR, dB: " + tell(decoders, "psnr"),
-                on_clean[1],
+                f"tau 0.8 - 0 {on_clean[1]}",
                 verdict(on_clean),
             ),
             (
                 "... and gains on noisy ones (sigma 0.4)",
                 "",
                 "PSNR, dB: " + tell(decoders, "psnr_noisy"),
-                on_noisy[1],
+                f"tau 0 - 0.8 {on_noisy[1]}",
                 verdict(on_noisy),
             ),
             (
                 "... and so on samples",
                 "4.81 -> 4.28 (T5)",
                 tell(samples),
-                drawn[1],
+                f"tau 0.8 - 0 {drawn[1]}",
                 verdict(drawn),
             ),
         ],
@@ -561,9 +566,9 @@ def head():
     yield
 
     ours = widths[C]
-    comparisons = [compare(ours, narrow)]
+    comparisons = {"C - none": compare(ours, narrow)}
     if 3 * C // 4 in widths:
-        comparisons.append(compare(ours, widths[3 * C // 4]))
+        comparisons["C - 3/4 C"] = compare(ours, widths[3 * C // 4])
     cells = {f"alone ({mflop(BACKBONE, 'none'):.0f} MFLOP)": narrow}
     for w, places in sorted(widths.items()):
         cells[f"head {w} ({mflop(BACKBONE, f'{w},1,4'):.0f} MFLOP)"] = places
@@ -573,8 +578,8 @@ def head():
             "better than none and than 3/4 C, at half the default's steps and unequal compute",
             "DiT-S 215.76, DiT^DH-S 6.07 (T2, T6); 1, 2, 2.7, 3.5 C: 2.49, 2.24, 2.16, 2.22 (T17)",
             tell(cells),
-            "; ".join(text for _, text in comparisons),
-            verdict(*comparisons),
+            tell_differences(comparisons),
+            verdict(*comparisons.values()),
         )
     ]
     yield rows, panel("Width of the head", "width", "judge", {"DiT^DH": widths})
@@ -657,18 +662,17 @@ def steps():
     yield rows, panel("Euler steps", "steps", "judge", {"DiT^DH": cells})
 
 
-def own_latent(name, encoder_flags, batch=64):
+def own_latent(name, encoder_flags):
     """An encoder of its own and a decoder for it, both of seed 0, and the flag that names it."""
     shape = f"--width {C} --depth 4 --heads 4"  # of the shipped encoder
     frozen = encoder_run(f"{name}_encoder", f"{shape} {encoder_flags}")
-    place = decoder_run(f"{name}_decoder", 0, f"--encoder {frozen} --global-batch-size {batch}")
+    place = decoder_run(f"{name}_decoder", 0, f"--encoder {frozen}")
     return place, f"--decoder {place}/checkpoint.pt"
 
 
 def masked(patch):
     """The latent of a masked autoencoder with patches of so many pixels."""
-    batch = min(64, 16 * patch**2)  # of 1,024 tokens at most
-    return own_latent(f"latent/{patch}px", f"--patch {patch} --batch-size {2 * batch}", batch)
+    return own_latent(f"latent/{patch}px", f"--patch {patch}")
 
 
 def latent_cell(name, flag, alpha=ALPHA, batch=64):
@@ -685,7 +689,10 @@ def encoder():
     cells = {kind: latent_cell(name, flag) for kind, (name, _, flag) in latents.items()}
     yield
 
-    others = [compare(cells["masked"], cells[kind]) for kind in ("plain autoencoder", "random")]
+    others = {
+        f"masked - {kind}": compare(cells["masked"], cells[kind])
+        for kind in ("plain autoencoder", "random")
+    }
     psnr = tell({kind: [place] for kind, (_, place, _) in latents.items()}, "psnr")
     yield (
         [
@@ -694,8 +701,8 @@ def encoder():
                 "autoencoder's against a plain autoencoder's and a random encoder's",
                 "DINOv2-B 2.16, SD-VAE 7.13, pixels 30.56 (T2, T10, T11)",
                 f"{tell(cells)}; PSNR, dB: {psnr}",
-                "; ".join(text for _, text in others),
-                verdict(*others),
+                tell_differences(others),
+                verdict(*others.values()),
             )
         ],
         None,
@@ -726,7 +733,9 @@ def tokens():
         (equal_tokens, "tokens a step", ""),
     ):
         ordered = dict(sorted(cells.items()))
-        others = [compare(cells[most], cells[n]) for n in ordered if n != most]
+        others = {
+            f"{most} - {n} tokens": compare(cells[most], cells[n]) for n in ordered if n != most
+        }
         psnr = tell(dict(sorted(decoders.items())), "psnr")
         rows.append(
             (
@@ -734,8 +743,8 @@ def tokens():
                 paper,
                 tell({f"{n} tokens": places for n, places in ordered.items()})
                 + f"; PSNR, dB: {psnr}",
-                "; ".join(text for _, text in others),
-                verdict(*others),
+                tell_differences(others),
+                verdict(*others.values()),
             )
         )
     yield rows, None
