@@ -35,7 +35,7 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dit_dh import SIZES, DiTDH, flow_loss, sample, shift_alpha, time_grid  # noqa: E402
-from rae import DECODERS, Decoder, Encoder, update_ema  # noqa: E402
+from rae import DECODERS, Decoder, Encoder, set_precision, update_ema  # noqa: E402
 
 HEAD = (SIZES["G"][0], 2, SIZES["G"][2])
 # name: latent_dim, grid_size, backbone, wide_head, batch on a CPU, batch on a GPU
@@ -367,6 +367,7 @@ def memory(device):
 
 def train(name, precision, compiled, device, seconds):
     """A training step as train_diffusion.py takes it, but from latents."""
+    set_precision(precision, torch.device(device))
     before = memory(device)
     torch.manual_seed(0)
     model = build(name).to(device)
@@ -406,6 +407,7 @@ def draw(name, grid_size, device, precision):
 
     Where two steps say that it would take more than a minute, only that is said.
     """
+    set_precision(precision, torch.device(device))
     before = memory(device)
     model = build(name, grid_size).to(device).eval()
     guide = build("S", grid_size).to(device).eval()

@@ -68,6 +68,8 @@ def photos(tmp_path):
     for i, name in enumerate(("cat", "dog")):
         save_images(tmp_path / "photos" / name, 6, size=(44, 40), seed=i)
         save_images(tmp_path / "photos_val" / name, 3, size=(44, 40), seed=9 + i)
+        save_images(tmp_path / "cifar10/train" / name, 6, size=(32, 32), seed=i)
+        save_images(tmp_path / "cifar10/test" / name, 3, size=(32, 32), seed=9 + i)
     return tmp_path / "photos"
 
 

@@ -49,6 +49,7 @@ def vgg_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_lpips_is_lpips(vgg_file, capsys):
     lpips = pytest.importorskip("lpips", reason="the peer is not installed: pip install lpips")
     file = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
@@ -271,7 +272,7 @@ def first_gradients(monkeypatch):
         def step(self):
             if self.fresh:
                 parameters = self.param_groups[0]["params"]
-                seen.append([p.grad.clone() for p in parameters])
+                seen.append([p.grad.to("cpu", copy=True) for p in parameters])
                 self.fresh = False
             return super().step()
 
@@ -447,6 +448,7 @@ def test_published_critics_run(run, vgg_file, tmp_path):
     assert log[2].items() <= got.items()
 
 
+@pytest.mark.slow
 def test_rfid_with_inception_weights(run):
     from fid import InceptionV3
 
