@@ -79,8 +79,8 @@ QUICK = {
     "guide": 10,
     "decoder": 10,
     "encoder": 10,
-    "overfit": 60,
-    "judge": 100,
+    "overfit": 30,
+    "judge": 40,
     "num": 60,
     "cells": 1,
 }
@@ -682,24 +682,25 @@ def latent_cell(name, flag, alpha=ALPHA, batch=64):
 
 def encoder():
     """Latents of one shape: encoders made alike, each with a decoder; the seeds are diffusion's."""
-    latents = {
-        "masked": ("8px", *masked(8)),
-        "plain autoencoder": ("plain", *own_latent("latent/plain", "--mask 0")),
-        "random": ("random", *own_latent("latent/random", "--lr 0")),
-    }
+    latents = {"masked": ("8px", *masked(8))}
+    for kind, name, flags in some(
+        ("random", "random", "--lr 0"), ("plain autoencoder", "plain", "--mask 0")
+    ):
+        latents[kind] = (name, *own_latent(f"latent/{name}", flags))
     cells = {kind: latent_cell(name, flag) for kind, (name, _, flag) in latents.items()}
     yield
 
     others = {
         f"masked - {kind}": compare(cells["masked"], cells[kind])
-        for kind in ("plain autoencoder", "random")
+        for kind in latents
+        if kind != "masked"
     }
     psnr = tell({kind: [place] for kind, (_, place, _) in latents.items()}, "psnr")
     yield (
         [
             (
                 "The representation matters, not its dimension alone (3, 6): a masked "
-                "autoencoder's against a plain autoencoder's and a random encoder's",
+                "autoencoder's against a random encoder's and a plain autoencoder's",
                 "DINOv2-B 2.16, SD-VAE 7.13, pixels 30.56 (T2, T10, T11)",
                 f"{tell(cells)}; PSNR, dB: {psnr}",
                 tell_differences(others),
@@ -754,13 +755,13 @@ def tokens():
 EXPERIMENTS = {
     "compute": compute,
     "shift": shift,
-    "width": width,
-    "decoder": decoder,
-    "guidance": guidance,
-    "steps": steps,
-    "head": head,
     "encoder": encoder,
     "tokens": tokens,
+    "head": head,
+    "guidance": guidance,
+    "steps": steps,
+    "decoder": decoder,
+    "width": width,
 }
 
 

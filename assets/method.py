@@ -62,7 +62,7 @@ def main():
     drawn = rae.decode(guess)
 
     figure, axes = pyplot.subplots(figsize=(11, 3.6))
-    axes.set_xlim(0, 22)
+    axes.set_xlim(0, 22.2)
     axes.set_ylim(0, 7.2)
     axes.axis("off")
     n, c = z.shape[1:]
@@ -71,9 +71,7 @@ def main():
     box(axes, 2.7, 4.3, (1.9, 1.2), "encoder\n(frozen ViT)", BLUE)
     picture(axes, z[0], 5.2, 3.9, (2.6, 2), f"z: {shape}")
     picture(axes, eps[0], 5.2, 0.6, (2.6, 2), f"eps: {shape}")
-    picture(
-        axes, x_t[0], 8.8, 2.3, (2.6, 2), f"x_t = (1 - t) z + t eps\nat t = {T}, after the shift"
-    )
+    picture(axes, x_t[0], 8.8, 2.3, (2.6, 2), f"x_t = (1 - t) z + t eps\nat t = {T} (shifted)")
     backbone = "backbone\n8 blocks x 64\ndeep, narrow"
     head = "head\n1 block x 128\nshallow, as wide\nas a token"
     box(axes, 12, 4.2, (2.4, 1.6), backbone, ORANGE)
@@ -81,8 +79,8 @@ def main():
     axes.text(13.2, 6.3, "t, label y", ha="center", fontsize=8)
     picture(axes, v[0], 15, 0.9, (2.6, 2), "velocity v, about eps - z")
     picture(axes, guess[0], 15, 3.9, (2.6, 2), "x_t - t v, a guess at z")
-    box(axes, 18, 4.2, (1.6, 1.4), "decoder\n(ViT), trained\nwith noise", ORANGE)
-    picture(axes, drawn[0].permute(1, 2, 0), 19.9, 3.9, (2, 2), "image")
+    box(axes, 17.95, 4.2, (1.75, 1.4), "decoder\n(ViT, trained\nwith noise)", ORANGE)
+    picture(axes, drawn[0].permute(1, 2, 0), 20.1, 3.9, (2, 2), "image")
     for start, end in (
         ((2.1, 4.9), (2.65, 4.9)),
         ((4.65, 4.9), (5.2, 4.9)),
@@ -94,8 +92,8 @@ def main():
         ((13.2, 4.1), (13.2, 3)),
         ((14.5, 1.9), (15, 1.9)),
         ((16.3, 3.4), (16.3, 3.85)),
-        ((17.6, 4.9), (17.95, 4.9)),
-        ((19.65, 4.9), (19.9, 4.9)),
+        ((17.6, 4.9), (17.9, 4.9)),
+        ((19.75, 4.9), (20.1, 4.9)),
     ):
         arrow(axes, start, end)
     figure.savefig("out/method.png", dpi=110, bbox_inches="tight")
