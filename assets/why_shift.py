@@ -1,7 +1,7 @@
 """Why the schedule is shifted: the square-root law of section 4.2, shown without any training.
 
     pip install matplotlib                 # for the figure
-    python assets/why_shift.py             # 40 s -> out/why_shift.png, and the numbers
+    python assets/why_shift.py             # 15 s -> out/why_shift.png, and the numbers
 
 An image shows in all n numbers of its latent, while the noise is independent in each of them: the
 more numbers, the more noise an image survives. So which of 1,500 images x_t = (1 - t) z + t eps was

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import nbformat
 from handout import EXERCISES
-from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,15 +42,12 @@ def build():
     return notebook
 
 
-def run(notebook):
-    """Run all cells; an error in one is raised here."""
-    client = NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(ROOT)}})
-    client.execute()
-
-
 def main():
+    from nbclient import NotebookClient
+
     notebook = build()
-    run(notebook)
+    client = NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(ROOT)}})
+    client.execute()  # an error in a cell is raised here
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # the times of day
     nbformat.write(notebook, ROOT / "assets/lab.ipynb")
