@@ -798,12 +798,9 @@ def main():
     if args.save:
         Path(args.save).parent.mkdir(parents=True, exist_ok=True)
 
-    # Processes: gloo, since they only exchange features that are on the CPU
     device = args.device
-    if WORLD_SIZE > 1:
-        dist.init_process_group("gloo")
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
     # The two sides. The Inception score needs no reference.
     began = time.time()
@@ -831,6 +828,12 @@ def main():
             raise ValueError(f"--features {features} wants square images of one size; pass --crop")
         network = None
         extract, label = load_encoder(features.removeprefix("encoder:"), int(sizes[0]), device)
+
+    # Processes: gloo, since they only exchange features that are on the CPU. timm's imports hold on
+    # to a group that is there before them. So the group comes after the network, or it would live
+    # to Python's end, where gloo's threads may abort the process.
+    if WORLD_SIZE > 1:
+        dist.init_process_group("gloo")
 
     # Features and their statistics. Their label has a hash of the network's weights: that is why
     # even two files of statistics are compared only with the weights at hand.
