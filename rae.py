@@ -829,6 +829,18 @@ def rank_and_world_size():
     return 0, 1
 
 
+def leave_group():
+    """End the group of processes, if there is one, as soon as all of them are here.
+
+    For the good end alone: after an error in one process it would wait for the others, and the
+    error would never be seen. A process that ended at once could be aborted, since gloo's threads
+    may still hold a tensor when Python ends; while it waits here, they let go.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def print0(text, file=None):
     """Print on the first process alone."""
     if rank_and_world_size()[0] == 0:

@@ -47,6 +47,7 @@ from rae import (
     error_line,
     hash_tensors,
     keyed_noise,
+    leave_group,
     load_rae,
     natural,
     number,
@@ -437,9 +438,7 @@ def main():
     seconds = time.time() - began
 
     # Once all processes are through, the first one makes a single file of the batches.
-    if ddp:
-        dist.barrier()
-        dist.destroy_process_group()  # only here: after an error it could wait for the others
+    leave_group()
     if rank > 0:
         return
     if num_drawn > 0:

@@ -50,6 +50,7 @@ from rae import (
     keyed_generator,
     keyed_noise,
     latent_statistics,
+    leave_group,
     load_optimizer,
     load_rae,
     load_released_decoder,
@@ -616,8 +617,7 @@ def main():
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     if args.eval_only:
         evaluate_checkpoint(args, device)
-        if ddp:
-            dist.destroy_process_group()
+        leave_group()
         return
 
     # The images and the frozen encoder. Only training sees random crops (--resize); statistics and
@@ -949,8 +949,7 @@ def main():
                 )
 
     print0(f"{out}: finished; its decoder is {out}/checkpoint.pt")
-    if ddp:
-        dist.destroy_process_group()  # only here: after an error it could wait for the others
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from rae import (
     error_line,
     keyed_generator,
     keyed_noise,
+    leave_group,
     load_optimizer,
     load_rae,
     load_strict,
@@ -533,8 +534,7 @@ def main():
         optimizer.zero_grad()
 
     print0(f"{out}: step {last_step} of {args.steps}; python sample.py --ckpt {out}/checkpoint.pt")
-    if ddp:
-        dist.destroy_process_group()  # only here: after an error it could wait for the others
+    leave_group()
 
 
 if __name__ == "__main__":
