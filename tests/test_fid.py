@@ -515,7 +515,7 @@ def test_two_processes_give_the_number_of_one(sides, inception_file, tmp_path):
 NO_GLOO_LEFT = """
 import os, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv.pop(1))
+sys.path.insert(0, str(Path(sys.argv.pop(1)).parent))
 import fid
 fid.main()
 threads = [Path(f"/proc/self/task/{i}/comm").read_text() for i in os.listdir("/proc/self/task")]
@@ -529,10 +529,7 @@ def test_no_thread_of_the_group_is_left(tmp_path):
     """One that is left aborts the process now and then, when Python ends before it."""
     save_images(tmp_path / "c", 7, size=(32, 32))
     (tmp_path / "scored.py").write_text(NO_GLOO_LEFT)
-    command = [*TWO, "scored.py", ROOT, "c", "toy", "--json"]
-    done = subprocess.run(
-        [str(word) for word in command], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = launch([*TWO, "scored.py"], "c toy --json", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["num"] == 7
 
