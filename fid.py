@@ -404,7 +404,7 @@ class Images:
         self.crop = crop
         path = Path(source)
         if self.source == "toy":
-            from assets.toy_world import ToyShapes
+            from toy.world import ToyShapes
 
             items = ToyShapes("val").images.transpose(0, 2, 3, 1)
         elif path.is_dir():

@@ -41,7 +41,7 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+TOY = Path(__file__).resolve().parent / "toy"
 
 # ---------------------------------------------------------------------------------------------
 # Images
@@ -211,7 +211,7 @@ class ImageFolder:
 def open_data(data, size, split="train", short_side=None):
     """The data set that --data names: "toy" or a folder. See ImageFolder for what it offers."""
     if data == "toy":
-        from assets.toy_world import ToyShapes
+        from toy.world import ToyShapes
 
         return ToyShapes(split, size)
     return ImageFolder(data, size, short_side)
@@ -362,14 +362,14 @@ def load_timm(model, weights, flag, **options):
 def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
     """An Encoder for images of image_size x image_size pixels.
 
-    name is one of ENCODERS, "timm:MODEL", "toy", or a file written by assets/pretrain_encoder.py.
+    name is one of ENCODERS, "timm:MODEL", "toy", or a file written by extras/pretrain_encoder.py.
     weights is a local file in timm's names, read instead of a download (the last two hold their
     own); flag is its command-line flag.
     """
     from timm.models.vision_transformer import VisionTransformer
 
     if name not in ENCODERS and not name.startswith("timm:"):
-        path = ASSETS / "toy_encoder.pt" if name == "toy" else Path(name)
+        path = TOY / "encoder.pt" if name == "toy" else Path(name)
         known = f"toy, timm:MODEL, {', '.join(ENCODERS)}"
         if not path.is_file():
             raise ValueError(f"encoder {name}: no such file, nor one of {known}")
@@ -757,11 +757,11 @@ def released_file(name, statistics=False):
     belongs to a released decoder.
     """
     if name == "toy":
-        return ASSETS / "toy_decoder.pt"
+        return TOY / "decoder.pt"
     if not str(name).startswith("released:"):
         return name
     # {name: [model] or [model, statistics]}, paths in the authors' repository
-    files = json.loads((ASSETS / "released.json").read_text())
+    files = json.loads((TOY / "released.json").read_text())
     short = name.removeprefix("released:")
     if short not in files:
         raise ValueError(f"{name}: not released; names are {', '.join(files)}")

@@ -158,7 +158,7 @@ def get_args():
 
 
 # ---------------------------------------------------------------------------------------------
-# What is drawn. train_diffusion.py and assets/explore.py use these functions too.
+# What is drawn. train_diffusion.py and extras/explore.py use these functions too.
 
 
 def balanced_labels(classes, num):

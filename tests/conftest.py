@@ -10,7 +10,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
-sys.path.insert(0, str(ROOT))
 
 # What makes a command of the README small enough for a test; appended to it, so it wins.
 TRAINING = "--steps 4 --global-batch-size 8 --log-every 2 --save-every 2"
@@ -19,23 +18,17 @@ TINY = {
     "train_diffusion.py": f"{TRAINING} --sample-every 4",
     "sample.py": "--num 20 --steps 2",
     "fid.py": "",
-    "assets/pretrain_encoder.py": "--steps 4 --batch-size 8",
+    "extras/pretrain_encoder.py": "--steps 4 --batch-size 8",
 }
 
 
 # The README, and the pages that it links.
-DOCS = [ROOT / "README.md", *sorted((ROOT / "assets").glob("*.md"))]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def docs():
     """The text of all of them."""
     return "\n".join(path.read_text() for path in DOCS)
-
-
-def pytest_configure(config):
-    marker = "slow: takes minutes; run by .ci/run and by pytest -m slow"
-    config.addinivalue_line("markers", marker)
-    config.option.markexpr = config.option.markexpr or "not slow"
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +45,8 @@ def run(monkeypatch, tmp_path, capsys):
     text is the line that a user would see.
     """
     import rae
-    from assets import toy_world
 
-    monkeypatch.setattr(toy_world, "TOY", {"train": (60, 0), "val": (30, 1)})
+    monkeypatch.setattr(world, "TOY", {"train": (60, 0), "val": (30, 1)})
     monkeypatch.chdir(tmp_path)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 

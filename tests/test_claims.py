@@ -1,4 +1,4 @@
-"""assets/claims.py on two experiments, the law of why_shift.py, the counts of costs.py."""
+"""extras/paper/claims.py on two experiments, the law of why_shift.py, the counts of costs.py."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ def run_in_copy(tmp_path, *command):
 @pytest.mark.slow
 def test_claims_are_drawn_and_go_on(tmp_path):
     """Two experiments of one seed; the second time all runs are there."""
-    command = ["assets/claims.py", "--quick", "--only", "width,steps"]
+    command = ["extras/paper/claims.py", "--quick", "--only", "width,steps"]
     first = run_in_copy(tmp_path, *command)
     second = run_in_copy(tmp_path, *command)
     assert "6 runs, 0 of them made already" in first
@@ -37,7 +37,7 @@ def test_claims_are_drawn_and_go_on(tmp_path):
 @pytest.mark.slow
 def test_the_shift_follows_the_square_root(tmp_path):
     """From 64 to 4,096 numbers of a latent, and from 192 to 12,288 of a picture."""
-    said = run_in_copy(tmp_path, "assets/why_shift.py")
+    said = run_in_copy(tmp_path, "extras/paper/why_shift.py")
     off = re.findall(r"each within ([\d.]+)%", said)
     assert len(off) == 2
     assert max(map(float, off)) < 5
@@ -46,7 +46,7 @@ def test_the_shift_follows_the_square_root(tmp_path):
 @pytest.mark.slow
 def test_costs_are_the_papers():
     """Counted as the paper's, the models have its numbers of multiply-adds."""
-    command = [sys.executable, "assets/costs.py"]
+    command = [sys.executable, "extras/paper/costs.py"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     counts = {}
     for row in said.splitlines():

@@ -1,4 +1,4 @@
-"""assets/to_diffusers.py: the same images and latents there and back, and mistakes in one line."""
+"""extras/to_diffusers.py: the same images and latents there and back, and mistakes in one line."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, gap
 
-SCRIPT = "assets/to_diffusers.py"
+SCRIPT = "extras/to_diffusers.py"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

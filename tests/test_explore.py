@@ -1,4 +1,4 @@
-"""assets/explore.py: what it draws, each of its flags off its default, and mistakes in one line."""
+"""extras/explore.py: what it draws, each of its flags off its default, and mistakes in one line."""
 
 import argparse
 import re
@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-EXPLORE = "assets/explore.py"
+EXPLORE = "extras/explore.py"
 # Every flag off its default (test_every_flag_is_run), on what the fixture `explore` makes.
 EVERY_FLAG = [
     "--like photo.png --ckpt moved/checkpoint.pt --decoder toy_decoder.pt --strength 0.9 "
@@ -105,7 +105,7 @@ def test_query(explore):
 
 def test_every_flag_runs(explore, tmp_path):
     shutil.copytree("out/diffusion", "moved")
-    shutil.copy(ROOT / "assets/toy_decoder.pt", "toy_decoder.pt")
+    shutil.copy(ROOT / "toy/decoder.pt", "toy_decoder.pt")
     outputs = []
     for arguments in EVERY_FLAG:
         said = explore(arguments)

@@ -643,7 +643,7 @@ def test_sample_folders_carry_a_record(run):
 
 MEMORY = """
 import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/extras"]
 
 import bench
 import torch

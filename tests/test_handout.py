@@ -22,7 +22,7 @@ FILES = sorted({file for file, _ in FUNCTIONS})
 
 
 def handout(*arguments, cwd=None):
-    command = [sys.executable, f"{ROOT}/tests/handout.py", *map(str, arguments)]
+    command = [sys.executable, f"{ROOT}/extras/course/handout.py", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
@@ -59,7 +59,7 @@ def results(copy, exercises):
 def test_the_table_names_what_is_there():
     assert len(EXERCISES) == 12
     assert len(set(FUNCTIONS)) == len(FUNCTIONS)
-    page = (ROOT / "assets/course.md").read_text()
+    page = (ROOT / "docs/course.md").read_text()
     for file, name in FUNCTIONS:
         node = find((ROOT / file).read_text(), name)
         assert ast.get_docstring(node), name
@@ -81,9 +81,9 @@ def test_the_copy_holds_no_answers(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pytest ") == 12
     assert {f.name for f in ROOT.glob("*.py")} == {f.name for f in copy.glob("*.py")}
-    assert (copy / "assets" / "toy_decoder.pt").exists()
+    assert (copy / "toy/decoder.pt").exists()
     assert (copy / "LICENSE").exists()
-    for name in (".git", "tests/hidden.py", "tests/mutants.py"):
+    for name in (".git", "extras/course/hidden.py", "extras/course/mutants.py"):
         assert not (copy / name).exists()
     assert not list(copy.rglob("*.pyc"))
     texts = "".join(path.read_text() for path in copy.rglob("*.py"))
@@ -197,7 +197,7 @@ def test_grading(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_wrong_answers_fail_and_right_ones_pass():
     done = subprocess.run(
-        [sys.executable, f"{ROOT}/tests/mutants.py"], capture_output=True, text=True
+        [sys.executable, f"{ROOT}/extras/course/mutants.py"], capture_output=True, text=True
     )
     said = done.stdout.splitlines()
     assert len(said) == 2, done.stdout + done.stderr[-1000:]

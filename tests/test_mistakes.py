@@ -14,8 +14,8 @@ TRAIN = "train_diffusion.py"
 DECODER = "train_decoder.py"
 SAMPLE = "sample.py"
 FID = "fid.py"
-PRETRAIN = "assets/pretrain_encoder.py"
-EXPLORE = "assets/explore.py --neighbours toy"
+PRETRAIN = "extras/pretrain_encoder.py"
+EXPLORE = "extras/explore.py --neighbours toy"
 
 # What a flag's text may be, and texts that it may not be.
 COUNT = ["0", "-1", "1.5", "nan", "a"]  # 1 and more
@@ -245,7 +245,7 @@ def bad_files(run, tmp_path):
     spoiled("decoder.pt", "hub.pt", lambda f: f.update(encoder="timm:hf-hub:someone/model"))
     spoiled("decoder.pt", "folder.pt", lambda f: f.update(encoder="timm:local-dir:folder"))
     spoiled("run/checkpoint.pt", "nan_model.pt", lambda file: nan(file["ema"]))
-    toy_encoder = ROOT / "assets/toy_encoder.pt"
+    toy_encoder = ROOT / "toy/encoder.pt"
     spoiled(toy_encoder, "nan_encoder.pt", lambda file: nan(file["state_dict"]))
     for name in ("other_optimizer", "no_optimizer", "other_model"):
         shutil.copytree("run", name)

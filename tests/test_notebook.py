@@ -1,4 +1,4 @@
-"""assets/lab.ipynb is assets/lab.py, and runs from top to bottom."""
+"""extras/lab.ipynb is extras/lab.py, and runs from top to bottom."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ def test_the_notebook_is_its_source():
     nbformat = pytest.importorskip("nbformat", reason="pip install nbformat")
     import notebook
 
-    kept = nbformat.read(ROOT / "assets/lab.ipynb", 4)
+    kept = nbformat.read(ROOT / "extras/lab.ipynb", 4)
     assert [cell.source for cell in kept.cells] == [cell.source for cell in notebook.build().cells]
     pictures = 0
     for cell in kept.cells:
@@ -28,7 +28,7 @@ def test_the_notebook_runs():
         pytest.importorskip(package, reason=f"pip install {package}")
     environment = os.environ | {"MPLBACKEND": "Agg"}
     done = subprocess.run(
-        [sys.executable, "assets/lab.py"],
+        [sys.executable, "extras/lab.py"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -13,7 +13,7 @@ from conftest import ROOT
 def test_default_run(tmp_path):
     unwanted = shutil.ignore_patterns("out", ".venv", ".git")
     copy = shutil.copytree(ROOT, tmp_path / "repo", ignore=unwanted)
-    for script in ("train_diffusion.py", "sample.py", "fid.py", "tests/quality.py"):
+    for script in ("train_diffusion.py", "sample.py", "fid.py", "extras/quality.py"):
         began = time.time()
         done = subprocess.run([sys.executable, script], cwd=copy, capture_output=True, text=True)
         print(f"{script}: {time.time() - began:.0f} s\n{done.stdout}")

@@ -16,7 +16,6 @@ from conftest import ROOT, gap
 from PIL import Image
 
 import rae as R
-from assets import toy_world
 from dit_dh import DiTDH, load_released
 
 
@@ -119,7 +118,7 @@ def test_what_is_no_class_is_skipped_or_refused(tmp_path):
 
 OPENING = """
 import sys, time
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/extras"]
 import bench
 import rae
 
@@ -192,7 +191,7 @@ def test_thin_images_stay_small():
 
 READING_AN_IMAGE = """
 import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/extras"]
 import bench
 import rae
 
@@ -281,7 +280,7 @@ def test_a_folder_is_known_by_its_names(tmp_path):
 
 @pytest.mark.parametrize("folder", ["imagenet_native", "imagenette/val", "cifar10/test"])
 def test_real_photographs(folder):
-    root = R.ASSETS.parent.parent / "shared" / "data" / folder
+    root = R.TOY.parent.parent / "shared" / "data" / folder
     if not root.is_dir():
         pytest.skip(f"needs the photographs of {folder} beside the repository")
     data = R.ImageFolder(root, 64)
@@ -299,9 +298,9 @@ def test_uint8_rounds():
 
 
 def test_toy_images():
-    images, labels = toy_world.toy_images(40, seed=0)
-    again, _ = toy_world.toy_images(20, seed=0)
-    other, _ = toy_world.toy_images(40, seed=1)
+    images, labels = world.toy_images(40, seed=0)
+    again, _ = world.toy_images(20, seed=0)
+    other, _ = world.toy_images(40, seed=1)
     assert images.shape == (40, 3, 32, 32)
     assert labels[:12].tolist() == [*range(10), 0, 1]
     assert np.array_equal(images[:20], again), "the first images do not depend on their number"
@@ -309,10 +308,10 @@ def test_toy_images():
     assert len({image.tobytes() for image in images}) == 40
 
 
-@pytest.mark.parametrize("name", toy_world.SHAPES)
+@pytest.mark.parametrize("name", world.SHAPES)
 def test_toy_shapes_are_their_own_mirror_image(name):
     y, x = np.mgrid[-1.2:1.2:25j, -1.2:1.2:25j]
-    d = toy_world.SHAPES[name](x, y)
+    d = world.SHAPES[name](x, y)
     assert np.allclose(d, d[:, ::-1], atol=1e-6)
     assert (d < 0).mean() > 0.08
     assert (d > 0).mean() > 0.4
@@ -323,7 +322,7 @@ def test_toy_shapes_are_their_own_mirror_image(name):
 
 
 def test_the_toy_world_offers_what_a_folder_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy_world, "TOY", {"train": (30, 0), "val": (20, 1)})
+    monkeypatch.setattr(world, "TOY", {"train": (30, 0), "val": (20, 1)})
     save_images(tmp_path, 2)
     folder = R.open_data(str(tmp_path), 32)
     toy = R.open_data("toy", 32)
@@ -349,7 +348,7 @@ def toy():
 
 
 def test_latents_are_normalised_and_decode(toy):
-    images = torch.from_numpy(toy_world.toy_images(500, seed=1)[0]).float() / 255
+    images = torch.from_numpy(world.toy_images(500, seed=1)[0]).float() / 255
     with torch.no_grad():
         z = toy.encode(images)
         again = toy.decode(z)
@@ -405,8 +404,8 @@ def test_noise_in_training_only(toy, dist, mean):
 @pytest.mark.parametrize("batch_size, num", [(7, 29), (4, 33), (100, 30)])
 def test_statistics_equal_numpy(toy, batch_size, num, monkeypatch):
     """33 images in batches of 4 have a last batch of one. Some are read by a worker."""
-    monkeypatch.setattr(toy_world, "TOY", {"train": (num, 0)})
-    data = toy_world.ToyShapes()
+    monkeypatch.setattr(world, "TOY", {"train": (num, 0)})
+    data = world.ToyShapes()
     mean, var = R.latent_statistics(toy.encoder, data, batch_size, "cpu", workers=num % 2)
     assert mean.shape == var.shape == (128, 4, 4)
 
@@ -454,7 +453,7 @@ class Evil:
 
 READING = """
 import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/extras"]
 import bench
 import sample
 

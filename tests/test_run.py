@@ -27,7 +27,7 @@ def readme_commands():
     """Every python or torchrun command in the docs' bash blocks, as (script, arguments)."""
     blocks = re.findall(r"```bash\n(.*?)```", docs(), re.S)
     text = "\n".join(blocks).replace("\\\n", " ")
-    pattern = r"^(?:python|torchrun(?: --\S+)*) +((?:assets/|tests/)?\w+\.py) *([^#\n&]*)"
+    pattern = r"^(?:python|torchrun(?: --\S+)*) +((?:extras/\w*/?)?\w+\.py) *([^#\n&]*)"
     found = re.findall(pattern, text, re.M)
     return [(script, arguments.strip()) for script, arguments in found]
 
@@ -158,7 +158,7 @@ def test_readme_has_the_numbers_of_the_claims():
         found = re.findall(r"(\d+\.?\d*) / (\d+\.?\d*) \((\d\.\d\d)\)", path.read_text())
         return np.array(found, dtype=float)  # (n, 3)
 
-    there = cells(ROOT / "assets/claims.md")
+    there = cells(ROOT / "docs/claims.md")
     said = cells(ROOT / "README.md")
     assert len(said) >= 15
     for cell in said:
@@ -167,15 +167,15 @@ def test_readme_has_the_numbers_of_the_claims():
 
 
 def test_released_names_stand_on_their_page():
-    page = (ROOT / "assets/released.md").read_text()
-    for name, files in json.loads((ROOT / "assets/released.json").read_text()).items():
+    page = (ROOT / "docs/released.md").read_text()
+    for name, files in json.loads((ROOT / "toy/released.json").read_text()).items():
         row = next(line for line in page.splitlines() if f"released:{name}`" in line)
         assert files[0] in row
 
 
 # Every flag appears here off its default (test_every_flag_is_run), with a tiny world behind it.
 FLAGS = {
-    "assets/pretrain_encoder.py": [
+    "extras/pretrain_encoder.py": [
         "--data photos --out e/enc.pt --image-size 24 --patch 12 --width 16 --depth 1 --heads 2 "
         "--mask 0.25 --steps 3 --batch-size 4 --lr 0.001 --seed 3 --device cpu",
     ],
@@ -265,8 +265,8 @@ def test_every_flag_runs(run, photos, tmp_path, monkeypatch):
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     torch.save(vit.state_dict(), "tiny.pt")
     torch.save(InceptionV3().state_dict(), "inception.pt")
-    for arguments in FLAGS["assets/pretrain_encoder.py"]:
-        run("assets/pretrain_encoder.py", arguments, tiny=False)
+    for arguments in FLAGS["extras/pretrain_encoder.py"]:
+        run("extras/pretrain_encoder.py", arguments, tiny=False)
     for arguments in FLAGS["train_decoder.py"][:-1]:
         run("train_decoder.py", arguments, tiny=False)
     assert rae.load_rae("d/a/ema_0000002.pt").image_size == 24
@@ -380,7 +380,7 @@ def test_a_run_stopped_on_the_way(run):
 @pytest.mark.parametrize("script", ["train_decoder.py", "train_diffusion.py"])
 def test_another_run_is_refused(run, photos, script):
     """Other flags or data, a renamed class, another encoder under the same name."""
-    run("assets/pretrain_encoder.py", "--out enc.pt")
+    run("extras/pretrain_encoder.py", "--out enc.pt")
     run("train_decoder.py", "--encoder enc.pt --out dec")
     latents = "--encoder enc.pt" if script == "train_decoder.py" else "--decoder dec/checkpoint.pt"
     command = f"--data photos {latents} --out run"
@@ -402,7 +402,7 @@ def test_another_run_is_refused(run, photos, script):
     refused(command, r"images \w{16} there, \w{16} here")
     shutil.rmtree("photos/cow")
     os.remove("enc.pt")
-    run("assets/pretrain_encoder.py", "--seed 1 --out enc.pt")
+    run("extras/pretrain_encoder.py", "--seed 1 --out enc.pt")
     if script == "train_decoder.py":
         refused(command, r"encoder_hash \w{16} there, \w{16} here")
     else:
@@ -576,11 +576,11 @@ def test_mistakes_end_in_one_line(run, tmp_path, photos):
     wrong = load(DIFFUSION)
     wrong["args"]["latents"] = "0" * 16
     torch.save(wrong, "other.pt")
-    run("assets/pretrain_encoder.py", "--width 32 --out small.pt")
+    run("extras/pretrain_encoder.py", "--width 32 --out small.pt")
     run("train_decoder.py", "--encoder small.pt --out small")
     (tmp_path / "cut").mkdir()
     shutil.copy("half.pt", "cut/checkpoint.pt")
-    toy = str(ROOT / "assets" / "toy_decoder.pt")
+    toy = str(ROOT / "toy/decoder.pt")
     cases = [
         ("train_decoder.py", "--data nowhere", "nowhere: no such folder"),
         ("train_decoder.py", "--data empty", "empty: no images"),

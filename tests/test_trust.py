@@ -77,7 +77,7 @@ def test_micro_batches_equal_one(run, monkeypatch, script, flags):
 def kept_by_ranks(folder, launch, script, flags):
     """What ranks.py kept of each process, and the run's log."""
     folder.mkdir(parents=True)
-    command = f"{ROOT}/tests/ranks.py {folder} {script} {flags} --out {folder}/run"
+    command = f"{ROOT}/tests/_ddp_worker.py {folder} {script} {flags} --out {folder}/run"
     done = subprocess.run(
         launch + command.split(), capture_output=True, text=True, env=ONE_THREAD | {"EPS": "1"}
     )
@@ -145,7 +145,7 @@ def test_eight_processes_end_as_one(tmp_path):
     """
     save_images(tmp_path / "photos", 40, size=(32, 32))
     save_images(tmp_path / "photos_val", 19, size=(32, 32), seed=1)
-    toy = f"{ROOT}/assets/toy_encoder.pt"
+    toy = f"{ROOT}/toy/encoder.pt"
     sides = {}
     for world in (1, 8):
         folder = tmp_path / str(world)
@@ -222,7 +222,7 @@ def test_the_processes_share_an_evaluation_to_the_bit(run, tmp_path):
 
 SAMPLING = """
 import os, sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/extras"]
 import bench
 import sample
 
@@ -470,7 +470,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(run, every_checkpoint):  # noqa: F
     before = open("run/checkpoint.pt", "rb").read()
     code = (
         f"import sys; sys.path.insert(0, '{ROOT}'); import rae, train_diffusion\n"
-        "from assets import toy_world; toy_world.TOY = {'train': (60, 0), 'val': (30, 1)}\n"
+        "from toy import world; world.TOY = {'train': (60, 0), 'val': (30, 1)}\n"
         "try: train_diffusion.main()\n"
         "except ValueError as error: sys.exit(rae.error_line(error))\n"
     )
@@ -673,7 +673,7 @@ def test_checkpointed_activations_have_equal_gradients(kind):
 
 def bench(*arguments):
     done = subprocess.run(
-        [sys.executable, f"{ROOT}/tests/bench.py", *arguments], capture_output=True, text=True
+        [sys.executable, f"{ROOT}/extras/bench.py", *arguments], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
@@ -689,7 +689,7 @@ def test_the_presets_fit_and_the_page_says_what_does():
         print({k: round(v, 1) if isinstance(v, float) else v for k, v in row.items()})
         assert 40 < row["gb"] < 75, "of 80"
     assert len(result["presets"]) == 4
-    page = (ROOT / "assets/speed.md").read_text()
+    page = (ROOT / "docs/speed.md").read_text()
     for row in result["presets"]:
         images = row["images"].removeprefix("1 x ")
         assert f"| {images} | {row['gb']:.0f} | {row['tflop']:.0f} |" in page

@@ -1,10 +1,10 @@
-"""Write assets/lab.ipynb: assets/lab.py as a notebook, with what it draws.
+"""Write extras/lab.ipynb: extras/lab.py as a notebook, with what it draws.
 
     pip install nbclient nbformat ipykernel ipywidgets matplotlib
-    python tests/notebook.py            # runs it, 5 minutes on 2 CPU cores -> assets/lab.ipynb
+    python extras/notebook.py            # runs it, 5 minutes on 2 CPU cores -> extras/lab.ipynb
 
 In lab.py a cell begins with "# %%", one of text with "# %% [markdown]". A line of text "@exercise
-5" becomes what tests/handout.py says of that exercise, a line "# %pip" the command.
+5" becomes what extras/course/handout.py says of that exercise, a line "# %pip" the command.
 """
 
 import re
@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 import nbformat
-from handout import EXERCISES
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "course"))
+from handout import EXERCISES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +29,7 @@ def about(number):
 def build():
     """The notebook, not run."""
     notebook = nbformat.v4.new_notebook()
-    source = (ROOT / "assets/lab.py").read_text()
+    source = (ROOT / "extras/lab.py").read_text()
     for number, text in enumerate(re.split(r"^# %%", source, flags=re.M)[1:]):
         kind, body = text.split("\n", 1)
         if "markdown" in kind:
@@ -50,8 +52,8 @@ def main():
     client.execute()  # an error in a cell is raised here
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # the times of day
-    nbformat.write(notebook, ROOT / "assets/lab.ipynb")
-    print("wrote assets/lab.ipynb")
+    nbformat.write(notebook, ROOT / "extras/lab.ipynb")
+    print("wrote extras/lab.ipynb")
 
 
 if __name__ == "__main__":

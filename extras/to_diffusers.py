@@ -1,8 +1,8 @@
 """A decoder as a folder for diffusers' AutoencoderRAE, and back.
 
     pip install -U diffusers transformers        # 0.40 and 5.18 at least
-    python assets/to_diffusers.py out/decoder256/checkpoint.pt vae
-    python assets/to_diffusers.py --back vae decoder.pt        # needs neither of the two
+    python extras/to_diffusers.py out/decoder256/checkpoint.pt vae
+    python extras/to_diffusers.py --back vae decoder.pt        # needs neither of the two
 
 The folder holds the encoder, the latent statistics and the decoder. An older transformers has other
 names for the encoder's tensors: from_pretrained then warns, and leaves them random. Our decoder's

@@ -1,7 +1,7 @@
 """Pretrain a small ViT encoder by masked autoencoding, for the toy world or own images.
 
-    python assets/pretrain_encoder.py                                    # toy -> out/encoder.pt
-    python assets/pretrain_encoder.py --data FOLDER --out my_encoder.pt  # own images
+    python extras/pretrain_encoder.py                                    # toy -> out/encoder.pt
+    python extras/pretrain_encoder.py --data FOLDER --out my_encoder.pt  # own images
     python train_decoder.py --data FOLDER --encoder my_encoder.pt        # then a decoder for it
 
 Half of the patches are hidden, and a small decoder must draw all of them from the rest. Unlike in

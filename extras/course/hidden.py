@@ -1,6 +1,6 @@
 """The instructor's tests of an exercise: a student's functions against ours, on other inputs.
 
-    python tests/hidden.py reference 5      # exercise 5 of the tree it lies in; exit code 0 or 1
+    python extras/course/hidden.py reference 5  # exercise 5 of the tree it lies in; exit code 0 or 1
 
 `reference` is a folder of our own files. Both versions get the same inputs and random numbers.
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "extras/course")]
 
 
 def normal(seed, *shape):

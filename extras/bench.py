@@ -1,8 +1,8 @@
 """Speed and memory of training steps and of sampling, as one JSON object.
 
-    python tests/bench.py                    # every size that this machine can do, minutes
-    python tests/bench.py --sizes toy --seconds 1
-    python tests/bench.py --seconds 0        # only what is computed, two minutes
+    python extras/bench.py                    # every size that this machine can do, minutes
+    python extras/bench.py --sizes toy --seconds 1
+    python extras/bench.py --seconds 0        # only what is computed, two minutes
 
 What is computed needs no GPU: the steps of both stages run on fake tensors, which have shapes and
 storages but no numbers. Counted are the bytes held at the peak, the FLOPs of matrix products and

@@ -1,9 +1,9 @@
 """The course's experiments: a function that measures, and a figure to hand in.
 
     pip install matplotlib
-    python tests/experiments.py theorem_1        # 10 minutes of a laptop -> figures/theorem_1.png
-    python tests/experiments.py shift_sweep      # 10 minutes
-    python tests/experiments.py noise_sweep      # 6 minutes
+    python extras/course/experiments.py theorem_1  # 10 minutes of a laptop -> figures/theorem_1.png
+    python extras/course/experiments.py shift_sweep  # 10 minutes
+    python extras/course/experiments.py noise_sweep  # 6 minutes
 
 What stands below the three functions draws their results, and is not to be changed.
 """
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from assets.toy_world import ToyShapes  # noqa: E402
 from dit_dh import DiTDH, flow_loss  # noqa: E402
 from rae import load_rae  # noqa: E402
+from toy.world import ToyShapes  # noqa: E402
 
 
 def theorem_1(widths, head=None, steps=1000):

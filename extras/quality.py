@@ -1,6 +1,6 @@
 """How good is the default? One JSON line, and exit code 1 if a number is below its bar.
 
-    python train_diffusion.py && python tests/quality.py
+    python train_diffusion.py && python extras/quality.py
 
 A small convolutional classifier, trained here on toy training images alone, judges reconstructions
 and samples. The linear probe is a logistic regression on the normalised latents of 10,000 training
@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assets.toy_world import ToyShapes  # noqa: E402
 from dit_dh import time_grid  # noqa: E402
 from rae import error_line, load_rae, psnr  # noqa: E402
 from sample import balanced_labels, generate, load_model  # noqa: E402
+from toy.world import ToyShapes  # noqa: E402
 
 BARS = {
     "classifier": 0.97,

@@ -11,7 +11,7 @@
 import os
 
 if not os.path.exists("rae.py"):
-    os.chdir("..")  # this notebook lies in assets/
+    os.chdir("..")  # this notebook lies in extras/
 # %pip install -q -r requirements.txt matplotlib ipywidgets
 
 # %%
@@ -24,9 +24,9 @@ from IPython.display import clear_output, display
 from matplotlib import pyplot
 
 sys.path.insert(0, os.getcwd())
-from assets.toy_world import ToyShapes, toy_images
 from dit_dh import DiTDH, draw_time, flow_loss, sample, shift_time, time_grid
 from rae import load_rae, psnr, to_uint8, update_ema
+from toy.world import ToyShapes, toy_images
 
 torch.manual_seed(0)
 pyplot.rcParams["figure.dpi"] = 72

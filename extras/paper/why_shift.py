@@ -1,7 +1,7 @@
 """Why the schedule is shifted: the square-root law of section 4.2, shown without any training.
 
     pip install matplotlib                 # for the figure
-    python assets/why_shift.py             # 15 s -> out/why_shift.png, and the numbers
+    python extras/paper/why_shift.py             # 15 s -> out/why_shift.png, and the numbers
 
 An image shows in all n numbers of its latent, while the noise is independent in each of them: the
 more numbers, the more noise an image survives. So which of 1,500 images x_t = (1 - t) z + t eps was
@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assets.toy_world import toy_images  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rae import build_encoder  # noqa: E402
+from toy.world import toy_images  # noqa: E402
 
 try:
     from matplotlib import pyplot

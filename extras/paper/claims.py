@@ -1,9 +1,9 @@
 """The paper's claims on the toy world: plain runs of the scripts, a table, a figure.
 
     pip install matplotlib                             # for the figure; nothing else here needs it
-    python assets/claims.py --quick                    # one seed, too short to show anything
-    python assets/claims.py                            # five seeds
-    python assets/claims.py --only compute,steps       # some experiments; shared runs are made once
+    python extras/paper/claims.py --quick                    # one seed, too short to show anything
+    python extras/paper/claims.py                            # five seeds
+    python extras/paper/claims.py --only compute,steps  # some experiments
 
 Writes to out/claims (--quick: out/claims/quick) claims.md, the table; claims.json, every number
 with the command lines that gave it; claims.png; a folder for each run. The same command goes on
@@ -19,7 +19,7 @@ have 0.12 / 0.05, and their reconstructions 0.14 / 0.20; below the latter, a low
 be better. PSNR and losses are means +- standard deviations over the seeds.
 
 The criterion was fixed before the runs; the default's shape, rate and alpha, and so the cells
-beside it, were chosen after trials with seed 0, which is one of the five (assets/toy.md); the rate
+beside it, were chosen after trials with seed 0, which is one of the five (docs/toy.md); the rate
 was varied for one plain DiT alone. Each seed gives a difference between two cells, since runs of
 one seed see the same images and noise and are sampled from the same noise. For "A is better than B"
 there are two 95% intervals of the mean of A - B (Student's t), one for each distance (of PSNR or a
@@ -49,16 +49,16 @@ import torch
 from PIL import Image
 from scipy.stats import t as student_t
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 from quality import classifier, fit, right  # noqa: E402
 
-from assets.costs import gmac  # noqa: E402
-from assets.toy_world import ToyShapes  # noqa: E402
 from dit_dh import DiTDH  # noqa: E402
+from extras.paper.costs import gmac  # noqa: E402
 from fid import frechet_distance, load_encoder, mean_and_covariance  # noqa: E402
 from rae import load_rae, save_file  # noqa: E402
 from sample import balanced_labels  # noqa: E402
+from toy.world import ToyShapes  # noqa: E402
 from train_diffusion import TOY, backbone_size, wide_head_size  # noqa: E402
 
 # Steps of the default diffusion run, of shorter ones, of the guide, a decoder, an encoder, the
@@ -115,7 +115,7 @@ def ask(place, *commands):
 def encoder_run(name, flags):
     place = f"{out}/{name}.pt"
     steps = size["encoder"]
-    return ask(place, f"assets/pretrain_encoder.py {flags} --steps {steps} --out {place}")
+    return ask(place, f"extras/pretrain_encoder.py {flags} --steps {steps} --out {place}")
 
 
 def decoder_run(name, seed, flags):
@@ -239,7 +239,7 @@ def save_numbers(**more):
 class Judge:
     """What scores samples: two feature networks with the statistics of validation images.
 
-    The classifier is that of tests/quality.py, kept in the folder; its features are the last
+    The classifier is that of extras/quality.py, kept in the folder; its features are the last
     convolution's 128 channels, averaged over the picture.
     """
 
@@ -525,7 +525,7 @@ def own_decoder(tau):
     """
     runs = [decoder_run(f"decoder/tau{tau}", s, f"--noise-tau {tau}") for s in size["seeds"]]
     flags = f"--cfg-scale 1 --decoder {out}/decoder/tau{tau}/{{}}/checkpoint.pt"
-    return runs, f"{flags} --stats assets/toy_decoder.pt"
+    return runs, f"{flags} --stats toy/decoder.pt"
 
 
 def decoder():

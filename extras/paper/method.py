@@ -1,7 +1,7 @@
 """Draw method.png: what happens to one toy image in training and in sampling, with shapes.
 
     pip install matplotlib
-    python train_diffusion.py && python assets/method.py       # -> out/method.png
+    python train_diffusion.py && python extras/paper/method.py       # -> out/method.png
 
 All pictures are of the shipped autoencoder and the default run: nothing is drawn by hand but boxes.
 """
@@ -13,10 +13,10 @@ import torch
 from matplotlib import pyplot
 from matplotlib.patches import FancyBboxPatch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assets.toy_world import ToyShapes  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rae import keyed_noise, load_rae  # noqa: E402
 from sample import load_model  # noqa: E402
+from toy.world import ToyShapes  # noqa: E402
 
 INDEX = 4  # a star
 T = 0.7

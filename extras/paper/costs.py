@@ -1,6 +1,6 @@
 """What the paper's cost claims rest on: multiply-adds at 256 px, computed from the models' sizes.
 
-    python assets/costs.py                 # 10 s; prints a table
+    python extras/paper/costs.py                 # 10 s; prints a table
 
 The paper counts a multiply-add as one operation, and so does this table: GMAC are its "GFLOPs". Its
 counter leaves out attention's products of queries, keys and values; the second column does too.
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dit_dh import SIZES, DiTDH  # noqa: E402
 from rae import DECODERS, Decoder  # noqa: E402
 

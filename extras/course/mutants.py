@@ -1,7 +1,7 @@
 """Answers that a student may give: wrong ones, which a grader must fail, and right ones.
 
-    python tests/mutants.py                   # grades them all; a line for each that ends otherwise
-    python tests/mutants.py 200               # and runs the tests of right ones 200 times
+    python extras/course/mutants.py     # grades them all; a line for each surprise
+    python extras/course/mutants.py 200 # and runs the tests of right ones 200 times
 
 An answer is a change to our own function. Each is graded in a process forked from this one, by
 the tests of its exercise, and what torch compiled is shared: a hundred take two minutes.
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "extras/course")]
 os.chdir(ROOT)
 
 from handout import EXERCISES, lines_of  # noqa: E402

@@ -1,9 +1,9 @@
 """Look into a trained model: edit an image, walk between two, find a sample's nearest images.
 
-    python assets/explore.py --like cat.png --strength 0.6     # denoised again, once as each class
-    python assets/explore.py --interpolate cat.png dog.png     # 8 latents on the line between them
-    python assets/explore.py --query cat.png photos            # its nearest images, as each class
-    python assets/explore.py --neighbours toy                  # 8 samples: drawn, or copied?
+    python extras/explore.py --like cat.png --strength 0.6     # denoised again, once as each class
+    python extras/explore.py --interpolate cat.png dog.png     # 8 latents on the line between them
+    python extras/explore.py --query cat.png photos            # its nearest images, as each class
+    python extras/explore.py --neighbours toy                  # 8 samples: drawn, or copied?
 
 --like, --interpolate and --query noise a latent up to the time --strength, before the schedule's
 shift, and denoise it from there: near 0 the image stays, at 1 nothing of it is left. All pictures

@@ -1,9 +1,9 @@
 """The course: a student's copy of this repository, and the grading of what comes back.
 
-    python tests/handout.py ../exercises             # a new or empty folder outside the repository
-    python tests/handout.py ../exercises --upto 2    # the exercises of sittings 1 and 2 alone
-    python tests/handout.py ../exercises --only 4    # one, or several with commas
-    python tests/handout.py --grade submission.zip   # points as text, and results.json; --upto too
+    python extras/course/handout.py ../exercises            # a new folder elsewhere
+    python extras/course/handout.py ../exercises --upto 2   # sittings 1 and 2 alone
+    python extras/course/handout.py ../exercises --only 4   # one, or several with commas
+    python extras/course/handout.py --grade submission.zip  # points, results.json; --upto
 
 In the copy the functions of the exercises have lost their bodies; signatures and docstrings stay
 and say what to write. It has a README of its own, no git history, where the answers are, and no
@@ -25,8 +25,8 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("*.py", "requirements.txt", "LICENSE", ".gitignore", "assets", "tests")
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("*.py", "requirements.txt", "LICENSE", ".gitignore", "toy", "docs", "extras", "tests")
 # Answers, tests that only we run, and tests of the README and of this file.
 NOT_COPIED = ("__pycache__", "*.md", "lab.*", "why_shift.*", "claims.*", "to_diffusers.py")
 NOT_COPIED += ("handout.py", "hidden.py", "mutants.py", "notebook.py", "test_handout.py")
@@ -111,7 +111,7 @@ EXERCISES = [
         "sitting": 2,
         "minutes": 40,
         "title": "Theorem 1",
-        "functions": [("tests/experiments.py", "theorem_1")],
+        "functions": [("extras/course/experiments.py", "theorem_1")],
         "tests": [
             "tests/test_experiments.py::test_theorem_1_draws_uniform_times",
             "tests/test_experiments.py::test_theorem_1",
@@ -160,7 +160,7 @@ EXERCISES = [
         "sitting": 3,
         "minutes": 30,
         "title": "The shift, tried",
-        "functions": [("tests/experiments.py", "shift_sweep")],
+        "functions": [("extras/course/experiments.py", "shift_sweep")],
         "tests": [
             "tests/test_experiments.py::test_shift_sweep_runs_what_it_should",
             "tests/test_experiments.py::test_shift_sweep",
@@ -185,7 +185,7 @@ EXERCISES = [
         "sitting": 3,
         "minutes": 30,
         "title": "The noise, tried",
-        "functions": [("tests/experiments.py", "noise_sweep")],
+        "functions": [("extras/course/experiments.py", "noise_sweep")],
         "tests": [
             "tests/test_experiments.py::test_noise_sweep_runs_what_it_should",
             "tests/test_experiments.py::test_noise_sweep",
@@ -271,7 +271,7 @@ def write_copy(out, numbers):
             path = out / file
             message = f"exercise {number}, {name} in {file}: {command_of(exercise)}"
             path.write_text(without_body(path.read_text(), name, message))
-    for path in [*out.glob("*.py"), out / "tests/experiments.py"]:
+    for path in [*out.glob("*.py"), out / "extras/course/experiments.py"]:
         path.write_text(path.read_text().replace(CAUGHT, CAUGHT_IN_COPY))
     (out / "README.md").write_text(student_readme(numbers))
     submit = out / "submit.sh"
@@ -292,7 +292,8 @@ what to write. In this order, since later ones use earlier ones.
 Tests fail until an exercise is done; pytest --tb=short says so in fewer lines. What is not yet
 written ends a script in one line. Change nothing but the bodies: only they are graded, with other
 inputs besides, and an import of yours has to stand inside. Three marked E are experiments, whose
-tests take a minute or two; `python tests/experiments.py NAME` draws a figure of what you wrote.
+tests take a minute or two;
+`python extras/course/experiments.py NAME` draws a figure of what you wrote.
 
 {table}
 To hand in: `./submit.sh` runs the tests of dit_dh.py once more and writes submission.zip, with the
@@ -306,7 +307,8 @@ python -m pytest -q tests/test_dit_dh.py || echo "some tests fail; handed in all
 python - <<'END'
 import zipfile
 from pathlib import Path
-files = ["dit_dh.py", "rae.py", "train_decoder.py", "fid.py", "tests/experiments.py", "answers.txt"]
+files = ["dit_dh.py", "rae.py", "train_decoder.py", "fid.py"]
+files += ["extras/course/experiments.py", "answers.txt"]
 files += [f"figures/{name}.png" for name in ("theorem_1", "shift_sweep", "noise_sweep")]
 files += sorted(map(str, Path("out/diffusion").glob("samples_*.png")))[-1:]
 with zipfile.ZipFile("submission.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -408,7 +410,7 @@ def grade_exercise(number, texts):
         (folder / "tree").mkdir()
         copy_files(folder / "tree")
         for name in ("handout.py", "hidden.py"):
-            shutil.copy(ROOT / "tests" / name, folder / "tree/tests")
+            shutil.copy(ROOT / "extras/course" / name, folder / "tree/extras/course")
         shutil.copytree(folder / "tree", folder / "reference")
         for file, name in exercise["functions"]:
             if file not in texts:
@@ -419,7 +421,7 @@ def grade_exercise(number, texts):
             except (SyntaxError, ValueError) as error:
                 return f"{file}: {error}"
         visible = ["-m", "pytest", "-q", "-x", "--tb=no", "-m", "slow or not slow"]
-        hidden = ["tests/hidden.py", folder / "reference", str(number)]
+        hidden = ["extras/course/hidden.py", folder / "reference", str(number)]
         return run_tests(folder / "tree", [*visible, *exercise["tests"]]) or run_tests(
             folder / "tree", hidden
         )
