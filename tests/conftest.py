@@ -45,6 +45,7 @@ def run(monkeypatch, tmp_path, capsys):
     text is the line that a user would see.
     """
     import rae
+    from toy import world
 
     monkeypatch.setattr(world, "TOY", {"train": (60, 0), "val": (30, 1)})
     monkeypatch.chdir(tmp_path)

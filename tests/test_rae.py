@@ -17,6 +17,7 @@ from PIL import Image
 
 import rae as R
 from dit_dh import DiTDH, load_released
+from toy import world
 
 
 def save_images(folder, n, size=(40, 36), mode="RGB", suffix=".png", seed=0):

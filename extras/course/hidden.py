@@ -1,6 +1,6 @@
 """The instructor's tests of an exercise: a student's functions against ours, on other inputs.
 
-    python extras/course/hidden.py reference 5  # exercise 5 of the tree it lies in; exit code 0 or 1
+    python extras/course/hidden.py reference 5  # exercise 5 of the tree it lies in
 
 `reference` is a folder of our own files. Both versions get the same inputs and random numbers.
 """
