@@ -1,90 +1,45 @@
-"""Stage 1: train the ViT decoder of a frozen encoder, on noised latents (sections 3, 4.3 and C).
+"""Stage 1: train the ViT decoder of an RAE on noisy encoder tokens (sections 3, 4.3 and C).
 
-    python train_decoder.py                                          # the toy world -> out/decoder
-    python train_decoder.py --data FOLDER --encoder my_encoder.pt    # own images
+    python train_decoder.py                                          # toy data -> out/decoder
+    python train_decoder.py --data FOLDER --encoder my_encoder.pt    # your images
     torchrun --standalone --nproc_per_node=8 train_decoder.py --preset imagenet256
-    python train_decoder.py --eval-only --ckpt out/decoder/checkpoint.pt    # a decoder's numbers
 
-The loss is L1 + perceptual + 0.75 lambda GAN. The last two compare images in the features of
-frozen networks (--critics): VGG16's for LPIPS and DINO-S/8's for the discriminator, or, without a
-download, the frozen encoder's for both. Writes checkpoint.pt (the decoder, its average, the latent
-statistics), grid_*.png (rows: images, reconstructions, reconstructions from noisy latents) and
-log.jsonl. The same command goes on with a stopped run.
+The loss is L1 + LPIPS + 0.75 lambda GAN. The last two compare images in the feature spaces of
+frozen networks (--loss-networks): VGG16 and DINO-S/8 as in the paper, or the encoder itself, which
+needs no download. Writes checkpoint.pt, log.jsonl and grid_*.png (rows: images, reconstructions,
+reconstructions from noisy tokens) to --out. Rerun the same command to resume.
 """
 
 import argparse
 import copy
-import hashlib
-import json
 import math
-import os
-import signal
-import sys
 import time
-from contextlib import nullcontext
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import spectral_norm
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from fid import frechet_distance, load_inception, mean_and_covariance
-from rae import (
-    DECODERS,
-    RAE,
-    Decoder,
-    StepBatches,
-    all_reduce_mean,
-    available_devices,
-    build_encoder,
-    cast_matrices,
-    check_same_run,
-    deal_batches,
-    end_quietly,
-    error_line,
-    keyed_generator,
-    keyed_noise,
-    latent_statistics,
-    leave_group,
-    load_optimizer,
-    load_rae,
-    load_released_decoder,
-    load_strict,
-    load_timm,
-    natural,
-    number,
-    open_data,
-    open_log,
-    parse_flags,
-    positive_int,
-    print0,
-    psnr,
-    rank_and_world_size,
-    read_batches,
-    read_file,
-    released_file,
-    save_file,
-    save_sheet,
-    set_precision,
-    update_ema,
-    write_log,
-)
+import rae
+from fid import download_weights, frechet_distance, mean_and_covariance
 
-# The toy: small enough for two CPU cores and four minutes.
+# Four minutes on two CPU cores.
 TOY = {
     "data": "toy",
     "encoder": "toy",
     "image_size": 32,
     "size": "toy",
-    "critics": "encoder",
-    "gan": 0.1,
+    "loss_networks": "encoder",
+    "disc_weight": 0.1,
     "global_batch_size": 64,
-    "micro_batch": None,
     "steps": 800,
     "lr": 2e-3,
     "lr_end": 1e-4,
@@ -97,17 +52,17 @@ TOY = {
     "eval_num": 500,
     "save_every": 400,
 }
-# ImageNet (Table 12, as released): 16 epochs of 2,502 steps. The micro-batches are what 80 GB hold.
+# Table 12 and the official config: 16 epochs of 2,502 steps. Micro-batches are sized for 80 GB.
 IMAGENET = {
     "data": "imagenet/train",
     "encoder": "dinov2-b",
     "image_size": 256,
     "resize": 384,
     "size": "XL",
-    "critics": "published",
-    "gan": 0.75,
+    "loss_networks": "published",
+    "disc_weight": 0.75,
     "global_batch_size": 512,
-    "micro_batch": 64,
+    "micro_batch_size": 64,
     "steps": 40032,
     "lr": 2e-4,
     "lr_end": 2e-5,
@@ -123,42 +78,29 @@ IMAGENET = {
 PRESETS = {
     "toy": TOY,
     "imagenet256": IMAGENET,
-    "imagenet512": IMAGENET | {"image_size": 512, "resize": 768, "micro_batch": 16},
+    "imagenet512": IMAGENET | {"image_size": 512, "resize": 768, "micro_batch_size": 16},
 }
-# What may differ when a run is resumed. All other flags define the run; so does --micro-batch here,
-# since the GAN's weight is that of a micro-batch. (It is averaged over the processes, so that their
-# number, which is not compared, matters a little too.)
-MAY_CHANGE = {
-    "preset",
-    "out",
-    "device",
-    "workers",
-    "compile",
-    "checkpoint_activations",
-    "val_data",
-    "inception",
-    "eval_every",
-    "eval_num",
-    "eval_sigma",
-    "log_every",
-    "save_every",
-    "keep_every",
-}
+# Flags that may differ when a run is resumed. Images and encoder are compared by their hashes. The
+# micro-batch size stays, since the GAN's adaptive weight is computed per micro-batch.
+MAY_CHANGE = """preset out device workers compile checkpoint_activations data val_data encoder
+encoder_weights lpips_weights vgg_weights dino_weights eval_every eval_num eval_sigma log_every
+save_every keep_every
+""".split()
+LOSSES = ("l1", "perceptual", "g_loss", "disc_weight", "d_loss")  # in the log
 LPIPS_URL = (
     "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
 )
-LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
 
 # ---------------------------------------------------------------------------------------------
-# Frozen networks to look through, and the perceptual loss
+# Frozen feature extractors and the perceptual loss
 
 
 class ViTFeatures(nn.Module):
-    """Images in [0, 1] -> five (B, N, C): tokens within a frozen ViT, as features.
+    """Images in [0, 1] -> tokens of five layers of a frozen ViT, (B, N, C) each.
 
-    They are those after the last block, and those after each quarter of the blocks. For DINO-S/8
-    these are blocks 11, 2, 5, 8, 11, of 784 tokens each (appendix C): the last one twice, as
-    released. There is no final norm, and no CLS token.
+    The layers are the last block, then the ends of all four quarters; so the last block comes
+    twice, as in the official code. For DINO-S/8 they are blocks 11, 2, 5, 8 and 11, with 784 tokens
+    each (appendix C). There is no final norm and no CLS token.
     """
 
     def __init__(self, encoder):
@@ -166,8 +108,8 @@ class ViTFeatures(nn.Module):
         self.encoder = encoder
         self.width = encoder.latent_dim
         depth = len(encoder.vit.blocks)
-        quarters = [max(1, depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)]
-        self.blocks = sorted(set(quarters))  # a ViT of fewer than four blocks gives fewer
+        quarters = {max(1, depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)}
+        self.blocks = sorted(quarters)  # fewer if the ViT has fewer than four blocks
         self.num_layers = len(self.blocks) + 1
 
     def forward(self, images):
@@ -182,13 +124,13 @@ class ViTFeatures(nn.Module):
 
 
 class VGGFeatures(nn.Module):
-    """Images in [0, 1] -> five (B, positions, C): VGG16's relu1_2, 2_2, 3_3, 4_3 and 5_3."""
+    """Images in [0, 1] -> relu1_2, 2_2, 3_3, 4_3 and 5_3 of VGG16, (B, positions, C) each."""
 
     def __init__(self, weights=None):
         super().__init__()
-        self.vgg = load_timm("vgg16.tv_in1k", weights, "--vgg-weights")
-        self.vgg.pre_logits = nn.Identity()  # half a gigabyte of classifier that nothing uses
-        # LPIPS' own constants, for images in [-1, 1]
+        self.vgg = rae.load_timm("vgg16.tv_in1k", weights)
+        self.vgg.pre_logits = nn.Identity()  # free half a gigabyte of unused classifier
+        # LPIPS normalizes images in [-1, 1] by these.
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
         self.requires_grad_(False)
@@ -203,11 +145,11 @@ class VGGFeatures(nn.Module):
 
 
 class PerceptualLoss(nn.Module):
-    """The distance (B,) of two batches of images in [0, 1] in a frozen network's features.
+    """Distance (B,) of two batches of images in [0, 1] in a frozen network's feature space.
 
-    Features become unit vectors. Their squared difference, weighted by channel, is averaged over
-    the positions and summed over the layers. With VGGFeatures and the learned weights this is
-    LPIPS (Zhang et al. 2018); without weights all channels count alike, and layers are averaged.
+    Features are normalized to unit length; squared differences are weighted by channel, averaged
+    over positions and summed over layers. With VGGFeatures and the learned weights this is LPIPS
+    (Zhang et al. 2018). Without weights all channels and layers count the same.
     """
 
     def __init__(self, features, weights=None):
@@ -233,48 +175,31 @@ class PerceptualLoss(nn.Module):
 
 
 def load_lpips(args, device):
-    """LPIPS (VGG16, v0.1) with its learned weights from --lpips-weights, or fetched once."""
-    path = Path(torch.hub.get_dir(), "checkpoints", "lpips_vgg.pth")
+    """LPIPS v0.1 with VGG16. Its learned weights (7 kB) are downloaded once unless given."""
     if args.lpips_weights:
-        path = Path(args.lpips_weights)
-    elif not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            print0(f"LPIPS' weights, 7 kB: fetched once from {LPIPS_URL}")
-            torch.hub.download_url_to_file(LPIPS_URL, str(path), LPIPS_SHA256, progress=False)
-        except (OSError, RuntimeError) as error:  # the latter: not the file of this hash
-            raise ValueError(
-                f"LPIPS' weights cannot be fetched ({type(error).__name__}); download {LPIPS_URL} "
-                f"(sha256 {LPIPS_SHA256}) and pass --lpips-weights FILE"
-            ) from None
-    file = read_file(path)
-    weights = []
-    for layer in range(5):
-        name = f"lin{layer}.model.1.weight"
-        if name not in file:
-            raise ValueError(f"{path}: not LPIPS' VGG weights, {name} is missing")
-        weights.append(file[name].flatten().to(device))
-    if hashlib.sha256(path.read_bytes()).hexdigest() != LPIPS_SHA256:
-        print0(f"warning: {path} is not LPIPS' published file (sha256 {LPIPS_SHA256})")
+        file = rae.load(args.lpips_weights)
+    else:
+        file = download_weights(LPIPS_URL, "lpips_vgg-a78928a0.pth", "--lpips-weights")
+    weights = [file[f"lin{i}.model.1.weight"].flatten().to(device) for i in range(5)]
     return PerceptualLoss(VGGFeatures(args.vgg_weights).to(device), weights)
 
 
 # ---------------------------------------------------------------------------------------------
-# The GAN
+# GAN
 
 
 class InstanceNorm(nn.InstanceNorm1d):
-    """In float32 under autocast too, as released."""
+    """In float32 even under autocast, as in the official code."""
 
     def forward(self, x):
         return super().forward(x.float())
 
 
 class DiscriminatorHead(nn.Module):
-    """Frozen features (B, N, C) of one layer -> logits (B, N), one per token (appendix C).
+    """Features (B, N, C) of one layer -> logits (B, N), one per token (appendix C).
 
-    All convolutions run along the sequence of tokens and are spectrally normalised. The norms are
-    over the tokens of one image, so that an image's logits do not depend on its batch.
+    Convolutions run along the token sequence and have spectral norm. The other norms are per image,
+    so that an image's logits don't depend on its batch.
     """
 
     def __init__(self, width):
@@ -297,35 +222,28 @@ class DiscriminatorHead(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """The trained part of the discriminator: one head for each layer of the frozen features.
+    """The trained part of the discriminator, one head per layer of its frozen backbone.
 
-    forward takes any number of batches, each a list of (B, N, C) as ViTFeatures gives it, and
-    returns their logits (B, layers N) in a list. In train() mode every batch begins with one power
-    iteration of the spectral norms. Fake and real images go through one call: at the beginning of
-    each, DistributedDataParallel overwrites the spectral norms' buffers, and a second one would
-    spoil the first one's backward pass.
+    A list of features, (B, N, C) each, -> logits (B, layers N).
     """
 
     def __init__(self, width, num_layers):
         super().__init__()
         self.heads = nn.ModuleList([DiscriminatorHead(width) for _ in range(num_layers)])
 
-    def forward(self, *batches):
-        logits = []
-        for features in batches:
-            layers = [head(x) for head, x in zip(self.heads, features)]  # (B, N) each
-            logits.append(torch.cat(layers, dim=1).float())  # (B, layers N)
-        return logits
+    def forward(self, features):
+        logits = [head(x) for head, x in zip(self.heads, features)]  # (B, N) each
+        return torch.cat(logits, dim=1).float()
 
 
 def diffaug(x, u):
-    """DiffAug (Zhao et al. 2020) of images (B, 3, H, W) in [-1, 1], by uniform numbers u (B, 5).
+    """DiffAug (Zhao et al. 2020) of images (B, 3, H, W) in [0, 1], by uniform numbers u (B, 5).
 
-    A shift of up to an eighth, zero-padded, then brightness + U(-.5, .5), saturation x U(0, 2) and
-    contrast x U(.5, 1.5). It keeps the discriminator from learning the training images by heart.
+    Shift by up to an eighth, gray (0.5) outside; brightness + U(-.5, .5), saturation x U(0, 2) and
+    contrast x U(.5, 1.5), all in [-1, 1]. Keeps the discriminator from memorizing the training set.
     """
-    # Each image is cut out of its padded self, by indices on its own device: a CPU that read them
-    # would have to wait for the GPU.
+    # Cut each image out of its padded self by indexing on the device, without a host-device sync.
+    x = 2 * x - 1
     size = x.shape[-1]
     reach = round(size / 8)
     corners = (u[:, :2] * (2 * reach + 1)).long()  # (B, 2): first row, first column
@@ -338,139 +256,77 @@ def diffaug(x, u):
 
     brightness, saturation, contrast = u[:, 2:].T[..., None, None, None]  # (B, 1, 1, 1) each
     x = x + (brightness - 0.5)
-    grey = x.mean(1, keepdim=True)
-    x = (x - grey) * (2 * saturation) + grey
+    gray = x.mean(1, keepdim=True)
+    x = (x - gray) * (2 * saturation) + gray
     mean = x.mean((1, 2, 3), keepdim=True)
-    return (x - mean) * (contrast + 0.5) + mean
+    x = (x - mean) * (contrast + 0.5) + mean
+    return (x + 1) / 2
 
 
-def augment(images, u):
-    """What the discriminator sees of images in [0, 1]: DiffAug is made for [-1, 1]."""
-    return (diffaug(2 * images - 1, u) + 1) / 2
-
-
-def generator_loss(logits):
-    """The decoder's GAN loss: its reconstructions should get high logits."""
-    return -logits.mean()
-
-
-def hinge_loss(logits_real, logits_fake):
+def hinge_d_loss(logits_real, logits_fake):
     """The discriminator's loss: real images above 1, reconstructions below -1."""
     return (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()) / 2
 
 
-def adaptive_weight(g_rec, g_gan):
-    """lambda = |g_rec| / (|g_gan| + 1e-6), within [0, 1e4], as in VQGAN (Esser et al. 2021).
+def adaptive_weight(rec_grad, gan_grad):
+    """lambda = |rec_grad| / (|gan_grad| + 1e-6) in [0, 1e4], as in VQGAN (Esser et al. 2021).
 
-    The two are the gradients of the reconstruction loss and of the GAN's at the last layer's
-    weight, as released (the paper's are at the image). lambda, a tensor without a gradient of its
-    own, makes them equally long.
+    It gives both gradients the same norm. They are those of the reconstruction loss and of the GAN
+    loss at the last layer's weight, as in the official code (in the paper, at the image).
     """
-    return (g_rec.norm() / (g_gan.norm() + 1e-6)).clamp(0, 1e4).detach()
+    return (rec_grad.norm() / (gan_grad.norm() + 1e-6)).clamp(0, 1e4).detach()
 
 
 # ---------------------------------------------------------------------------------------------
-# Evaluation
+# Tokens: noise and statistics
 
 
-def ssim(a, b):
-    """SSIM (Wang et al. 2004) of images (B, 3, H, W) in [0, 1], as (B,).
+def draw_sigma(n, tau, dist="uniform", generator=None, device=None):
+    """Draw the noise level of n images, (n,) (section 4.3).
 
-    Per colour, with a Gaussian window of 11 px and sigma 1.5 that stays inside the image.
+    "uniform" is tau U(0, 1), as in the official code; "half-normal" is |N(0, tau^2)|, as in the
+    paper.
     """
-    x = torch.arange(11, device=a.device) - 5.0
-    window = (-x.square() / (2 * 1.5**2)).exp()  # (11,)
-    window = (window / window.sum()).repeat(3, 1, 1, 1)  # (3, 1, 1, 11)
+    if dist == "uniform":
+        return tau * torch.rand(n, generator=generator, device=device)
+    return tau * torch.randn(n, generator=generator, device=device).abs()
 
-    def blur(y):
-        y = F.conv2d(y, window, groups=3)
-        return F.conv2d(y, window.transpose(2, 3), groups=3)
 
-    mu_a = blur(a)
-    mu_b = blur(b)
-    var_a = blur(a * a) - mu_a**2
-    var_b = blur(b * b) - mu_b**2
-    cov = blur(a * b) - mu_a * mu_b
-    luminance = (2 * mu_a * mu_b + 1e-4) / (mu_a**2 + mu_b**2 + 1e-4)
-    structure = (2 * cov + 9e-4) / (var_a + var_b + 9e-4)
-    return (luminance * structure).mean((1, 2, 3))
+def add_noise(tokens, sigma, eps):
+    """Noise for the decoder's training: tokens (B, N, C), sigma (B,), eps (B, N, C) -> (B, N, C).
+
+    Sampled latents are imperfect; training on noisy tokens makes the decoder robust to them.
+    """
+    return tokens + sigma[:, None, None] * eps
 
 
 @torch.no_grad()
-def evaluate(rae, data, args, batch_size, lpips=None, inception=None):
-    """The numbers of an autoencoder on --eval-num images, and a sheet of 16 (3 * 16, 3, H, W).
+def latent_statistics(encoder, data, batch_size, device, workers=0):
+    """Exact mean and variance of the tokens, (C, h, w) each, over a data set in both flips.
 
-    PSNR (dB), SSIM, LPIPS if that is given, and the Frechet distance: rFID with Inception's
-    features, else in the encoder's own. Each is of reconstructions from clean latents and, with
-    names in _noisy, from latents with noise of --eval-sigma. All processes share the work; the
-    first returns the result, the others two times None.
+    One pass over center crops, shared by all ranks, summed in float64. (The official statistics are
+    a running average, which favors the last images.)
     """
-    device = rae.latent_mean.device
-    num = min(args.eval_num, len(data))
-    indices = np.linspace(0, len(data) - 1, num).astype(int)  # spread over the classes
-    metrics = {"psnr": psnr, "ssim": ssim}
-    if lpips is not None:
-        metrics["lpips"] = lpips
+    batches = rae.rank_batches(len(data), batch_size)
+    sum_device = "cpu" if device.type == "mps" else device  # MPS has no float64
+    shape = (encoder.grid_size**2, encoder.latent_dim)
+    total = torch.zeros(shape, dtype=torch.float64, device=sum_device)  # (N, C)
+    total_square = torch.zeros_like(total)
+    hide = rae.get_rank() > 0 or None
+    loader = rae.read_batches(data, batches, workers, device)
+    for images in tqdm(loader, "latent statistics", len(batches), disable=hide):
+        for view in (images, images.flip(-1)):
+            tokens = encoder(view).to(sum_device).double()  # (B, N, C)
+            total += tokens.sum(0)
+            total_square += tokens.square().sum(0)
 
-    def extract(images):
-        pixels = (images * 255).round()  # files have 8 bits
-        if inception is not None:
-            return inception(pixels)[0]  # (B, 2048)
-        return rae.encoder(pixels / 255).mean(1)  # (B, C)
-
-    # Every process fills its rows of these; the others' are zero.
-    width = rae.encoder.latent_dim if inception is None else 2048
-    scores = torch.zeros(num, 2, len(metrics))  # of clean and noisy reconstructions
-    features = torch.zeros(num, 3, width)  # of images, clean and noisy reconstructions
-    sheet = None
-    batches = deal_batches(num, batch_size)
-    images_ahead = read_batches(data, [indices[rows] for rows in batches], args.workers, device)
-    for rows, images in zip(batches, images_ahead):
-        tokens = rae.encoder(images)  # (B, N, C)
-        noise = keyed_noise([(args.seed, row) for row in rows], tokens.shape[1:], device)
-        clean = rae.decode_tokens(tokens).clamp(0, 1)  # (B, 3, H, W)
-        noisy = rae.decode_tokens(tokens + args.eval_sigma * noise).clamp(0, 1)
-        for column, metric in enumerate(metrics.values()):
-            scores[rows, 0, column] = metric(clean, images).cpu()
-            scores[rows, 1, column] = metric(noisy, images).cpu()
-        for column, pictures in enumerate((images, clean, noisy)):
-            features[rows, column] = extract(pictures).cpu()
-        if sheet is None:
-            sheet = torch.cat([images[:16], clean[:16], noisy[:16]])
     if dist.is_initialized():
-        dist.all_reduce(scores)
-        dist.all_reduce(features)
-        if dist.get_rank() > 0:
-            return None, None
-
-    numbers = {}
-    clean_scores, noisy_scores = scores.mean(0).tolist()
-    for column, name in enumerate(metrics):
-        numbers[name] = clean_scores[column]
-        numbers[f"{name}_noisy"] = noisy_scores[column]
-    real, clean, noisy = [mean_and_covariance(features[:, i]) for i in range(3)]
-    distance = "encoder_distance" if inception is None else "rfid"
-    numbers[distance] = frechet_distance(*real, *clean)
-    numbers[f"{distance}_noisy"] = frechet_distance(*real, *noisy)
-    return numbers, sheet
-
-
-def evaluate_checkpoint(args, device):
-    """--eval-only: print the numbers of --ckpt as JSON, and draw its sheet."""
-    if args.ckpt is None:
-        raise ValueError("--eval-only wants a decoder: pass --ckpt")
-    Path(args.out).mkdir(parents=True, exist_ok=True)  # an error now, not after the work
-    # --stats comes with a bare released file, which does not name its encoder as ours do.
-    encoder = args.encoder if args.stats else None
-    rae = load_rae(args.ckpt, encoder, args.encoder_weights, args.stats, device)
-    data = open_data(args.val_data or args.data, rae.image_size, "val")
-    lpips = load_lpips(args, device) if args.critics == "published" else None
-    inception = load_inception(args.inception, device)[1] if args.inception else None
-    batch_size = min(args.micro_batch or args.global_batch_size, 64)
-    numbers, sheet = evaluate(rae, data, args, batch_size, lpips, inception)
-    if numbers is not None:  # in the first process
-        save_sheet(sheet, Path(args.out, "eval.png"), columns=len(sheet) // 3)
-        print(json.dumps({"ckpt": args.ckpt, "num": min(args.eval_num, len(data)), **numbers}))
+        dist.all_reduce(total)
+        dist.all_reduce(total_square)
+    mean = total.cpu() / (2 * len(data))
+    var = (total_square.cpu() / (2 * len(data)) - mean.square()).clamp(min=0)
+    grid = (encoder.grid_size, encoder.grid_size)
+    return mean.T.unflatten(1, grid).float(), var.T.unflatten(1, grid).float()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -478,454 +334,321 @@ def evaluate_checkpoint(args, device):
 
 
 def get_args():
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    p.add_argument("--preset", choices=PRESETS, default="toy", help="the other flags' defaults")
-    # images and the encoder
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    # images and encoder
     p.add_argument("--data", help="toy, or a folder of images")
-    p.add_argument("--val-data", help="folder to evaluate on; unset: --data")
-    p.add_argument("--image-size", type=positive_int, help="pixels of the decoded image")
-    p.add_argument(
-        "--resize", type=positive_int, help="short side before a random crop; unset: centre crop"
-    )
+    p.add_argument("--val-data", help="folder to evaluate on (default: --data)")
+    p.add_argument("--image-size", type=rae.positive_int, help="pixels of decoded images")
+    p.add_argument("--resize", type=rae.positive_int, help="short side before a random crop")
     p.add_argument("--encoder", help="toy, dinov2-{s,b,l}, siglip2-b, mae-b, timm:MODEL or a file")
-    p.add_argument("--encoder-weights", help="local file of the encoder's weights, in timm's names")
-    # the decoder
-    p.add_argument("--size", choices=DECODERS, help="width and depth of the decoder (paper: XL)")
+    p.add_argument("--encoder-weights", help="local file of the encoder's timm weights")
+    # decoder
+    p.add_argument("--size", choices=rae.DECODERS, help="size of the decoder (paper: XL)")
     p.add_argument(
-        "--upsample", type=positive_int, default=1, help="decoded px per encoded px (6.1)"
+        "--upsample", type=rae.positive_int, default=1, help="decoded over encoded px (6.1)"
     )
-    p.add_argument("--noise-tau", type=number(0), default=0.8, help="latent noise, 0 for none")
-    p.add_argument(
-        "--noise-dist",
-        choices=["uniform", "half-normal"],
-        default="uniform",
-        help="paper: half-normal",
-    )
-    p.add_argument("--init", help="start from these weights: a checkpoint or released:NAME")
-    # the losses
-    p.add_argument("--critics", choices=["encoder", "published"], help="published: VGG16, DINO-S/8")
-    p.add_argument("--lpips-weights", help="local file of LPIPS' VGG weights (v0.1)")
-    p.add_argument("--vgg-weights", help="local file of VGG16's weights, in timm's names")
-    p.add_argument("--dino-weights", help="local file of DINO-S/8's weights, in timm's names")
-    p.add_argument(
-        "--perceptual", type=number(0), default=1.0, help="weight of the perceptual loss"
-    )
-    p.add_argument("--gan", type=number(0), help="weight of the GAN loss, 0 for none (paper: 0.75)")
+    p.add_argument("--noise-tau", type=rae.bounded(0), default=0.8, help="noise level, 0: no noise")
+    p.add_argument("--noise-dist", choices=["uniform", "half-normal"], default="uniform")
+    p.add_argument("--init", help="initial weights: a checkpoint or released:NAME")
+    # losses
+    p.add_argument("--loss-networks", choices=["encoder", "published"], help="see above")
+    p.add_argument("--lpips-weights", help="local file of LPIPS' VGG weights")
+    p.add_argument("--vgg-weights", help="local file of VGG16's timm weights")
+    p.add_argument("--dino-weights", help="local file of DINO-S/8's timm weights")
+    p.add_argument("--perceptual-weight", type=rae.bounded(0), default=1.0, help="0: off")
+    p.add_argument("--disc-weight", type=rae.bounded(0), help="GAN weight, 0: off (paper: 0.75)")
     p.add_argument(
         "--starts",
-        type=number(0, 1),
+        type=rae.bounded(0, 1),
         nargs=3,
         default=[0, 0.375, 0.5],
-        metavar=("LPIPS", "D", "GAN"),
-        help="when each begins, as a share of the run (paper: epochs 0, 6 and 8 of 16)",
+        metavar=("PERCEPTUAL", "D", "GAN"),
+        help="when each starts, in fractions of the run (paper: epochs 0, 6, 8 of 16)",
     )
-    # the optimisers
-    p.add_argument("--steps", type=positive_int, help="optimiser steps")
-    p.add_argument("--global-batch-size", type=positive_int, help="images a step, all processes'")
+    # optimization
+    p.add_argument("--steps", type=rae.positive_int, help="optimizer steps")
+    p.add_argument("--global-batch-size", type=rae.positive_int, help="images per step, all ranks")
+    p.add_argument("--micro-batch-size", type=rae.positive_int, help="images per forward pass")
+    p.add_argument("--lr", type=rae.bounded(0), help="peak learning rate (paper: 2e-4)")
+    p.add_argument("--lr-end", type=rae.bounded(0), help="final learning rate (paper: 2e-5)")
     p.add_argument(
-        "--micro-batch",
-        type=positive_int,
-        help="images at once, in each process; unset: its whole share",
+        "--warmup", type=rae.non_negative_int, help="warm-up steps (paper: 1 epoch of 16)"
     )
-    p.add_argument("--lr", type=number(0), help="peak learning rate (paper: 2e-4)")
-    p.add_argument("--lr-end", type=number(0), help="learning rate at the end (paper: 2e-5)")
-    p.add_argument("--warmup", type=natural, help="steps of linear warm-up (paper: 1 of 16 epochs)")
-    p.add_argument(
-        "--betas", type=number(0, 0.9999), nargs=2, default=[0.9, 0.95], help="(paper: 0.5 0.9)"
-    )
-    p.add_argument(
-        "--ema", type=number(0, 1), help="decay of the averaged weights (released: 0.9978)"
-    )
-    p.add_argument("--seed", type=natural, default=0, help="of everything random")
-    # the machine
-    devices = available_devices()
-    p.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
-    p.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "tf32", "bf16"],
-        default="auto",
-        help="auto: bf16 on GPUs that compute in it, else fp32",
-    )
-    p.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="compile the decoder's blocks"
-    )
+    p.add_argument("--ema", type=rae.bounded(0, 1), help="EMA decay (official: 0.9978)")
+    # machine
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile blocks")
     p.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
-    p.add_argument("--workers", type=natural, help="processes that read images")
-    # evaluation, and what is written
-    p.add_argument("--eval-only", action="store_true", help="print the numbers of --ckpt and stop")
-    p.add_argument(
-        "--ckpt", help="with --eval-only: a checkpoint, released:NAME or a released file"
-    )
-    p.add_argument("--stats", help="with --eval-only: latent statistics of a bare released file")
-    p.add_argument("--eval-num", type=positive_int, help="images to evaluate on")
-    p.add_argument("--eval-sigma", type=number(0), default=0.8, help="noise of the _noisy numbers")
-    p.add_argument("--inception", help="file of the 2015 Inception weights, for rFID")
+    p.add_argument("--workers", type=rae.non_negative_int, help="data loading processes")
+    # output
     p.add_argument("--out", default="out/decoder", help="folder of the run")
-    p.add_argument("--log-every", type=positive_int, help="steps between lines of the log")
-    p.add_argument("--eval-every", type=positive_int, help="steps between evaluations")
-    p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
+    p.add_argument("--log-every", type=rae.positive_int, help="steps between log lines")
+    p.add_argument("--eval-every", type=rae.positive_int, help="steps between evaluations")
+    p.add_argument("--eval-num", type=rae.positive_int, help="images to evaluate on")
     p.add_argument(
-        "--keep-every", type=natural, default=0, help="steps between kept EMA weights, 0: none"
+        "--eval-sigma", type=rae.bounded(0), default=0.8, help="noise of *_noisy numbers"
     )
-
-    args = parse_flags(p, PRESETS)
+    p.add_argument("--save-every", type=rae.positive_int, help="steps between checkpoints")
+    p.add_argument("--keep-every", type=rae.positive_int, help="steps between kept EMA weights")
+    args = rae.parse_args(p, PRESETS)
     if args.image_size % args.upsample != 0:
-        raise ValueError(
-            f"--image-size {args.image_size} is not a multiple of --upsample {args.upsample}"
-        )
+        raise rae.UsageError("--image-size must be a multiple of --upsample")
     if args.resize and args.resize < args.image_size:
-        raise ValueError(f"--resize {args.resize} is below --image-size {args.image_size}")
-    if (args.ckpt or args.stats) and not args.eval_only:
-        raise ValueError("--ckpt and --stats are for --eval-only; to train from weights: --init")
-    if (args.vgg_weights or args.dino_weights) and args.critics == "encoder":
-        raise ValueError("--vgg-weights and --dino-weights are of --critics published")
+        raise rae.UsageError("--resize must be at least --image-size")
     return args
 
 
 def learning_rate(step, args):
-    """Linear warm-up from 0, then a cosine from lr to lr_end at the last of the steps."""
+    """Linear warm-up, then a cosine from lr to lr_end."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    done = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr_end + (args.lr - args.lr_end) * (0.5 + 0.5 * math.cos(math.pi * done))
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr_end + (args.lr - args.lr_end) * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+def random_crop(image, size, generator, short_side):
+    """A random size x size square of a PIL image that is first resized to short_side."""
+    width = int(short_side * image.width / min(image.size))
+    height = int(short_side * image.height / min(image.size))
+    image = image.resize((width, height), Image.BICUBIC)
+    left = int(torch.randint(width - size + 1, (), generator=generator))
+    top = int(torch.randint(height - size + 1, (), generator=generator))
+    return image.crop((left, top, left + size, top + size))
+
+
+@torch.no_grad()
+def evaluate(encoder, decoder, data, args, batch_size, lpips=None):
+    """PSNR, LPIPS if given, and the Frechet distance in the encoder's features.
+
+    Returns a dict and a grid of 16 images and their reconstructions, (48, 3, H, W). Names with
+    _noisy are for reconstructions from tokens with noise of level --eval-sigma.
+    """
+    num = min(args.eval_num, len(data))
+    indices = np.linspace(0, len(data) - 1, num).astype(int)  # spread over the classes
+    batches = [indices[i : i + batch_size] for i in range(0, num, batch_size)]
+    device = encoder.pixel_mean.device
+    scores = {}
+    features = {"real": [], "": [], "_noisy": []}
+    grid = []
+    for batch, images in zip(batches, rae.read_batches(data, batches, args.workers, device)):
+        tokens = encoder(images)  # (B, N, C)
+        eps = rae.seeded_noise([("eval", args.seed, i) for i in batch], tokens.shape[1:], device)
+        features["real"].append(tokens.mean(1))
+        grid.append(images)
+        for suffix, sigma in (("", 0), ("_noisy", args.eval_sigma)):
+            reconstruction = encoder.denormalize(decoder(tokens + sigma * eps))
+            reconstruction = rae.to_uint8(reconstruction) / 255  # (B, 3, H, W)
+            grid.append(reconstruction)
+            features[suffix].append(encoder(reconstruction).mean(1))
+            scores.setdefault(f"psnr{suffix}", []).append(rae.psnr(reconstruction, images))
+            if lpips is not None:
+                scores.setdefault(f"lpips{suffix}", []).append(lpips(reconstruction, images))
+
+    numbers = {name: torch.cat(values).mean().item() for name, values in scores.items()}
+    gaussians = {name: mean_and_covariance(torch.cat(f).cpu()) for name, f in features.items()}
+    for suffix in ("", "_noisy"):
+        distance = frechet_distance(*gaussians["real"], *gaussians[suffix])
+        numbers[f"encoder_distance{suffix}"] = distance
+    return numbers, torch.cat([images[:16] for images in grid[:3]])
 
 
 def main():
     args = get_args()
+    rank, world_size, device, autocast = rae.setup_distributed(args)
 
-    # The process group. torchrun starts one process per GPU and tells each its number.
-    ddp = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if ddp and args.device == "mps":
-        raise ValueError("--device mps: a Mac's GPU takes one process; run without torchrun")
-    if ddp:
-        # Tensors on GPUs go by NCCL, those on CPUs by gloo. The others wait while the first process
-        # saves, which can take minutes.
-        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
-    rank, world_size = rank_and_world_size()
-    device = torch.device(args.device)
-    if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-
-    precision = set_precision(args.precision, device)
-    bf16 = precision == "bf16"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    if args.eval_only:
-        evaluate_checkpoint(args, device)
-        leave_group()
-        return
-
-    # The images and the frozen encoder. Only training sees random crops (--resize); statistics and
-    # evaluations are of centre crops. Without --val-data a folder is evaluated on itself.
-    data = open_data(args.data, args.image_size, short_side=args.resize)
+    # Data and frozen encoder. Only training sees random crops. Stage 1 is published without flips.
+    crop = partial(random_crop, short_side=args.resize) if args.resize else None
+    data = rae.open_data(args.data, args.image_size, crop=crop)
     val_data = data
     if args.val_data or args.data == "toy":
-        val_data = open_data(args.val_data or "toy", args.image_size, "val")
-    flip = False  # stage 1 is published without flips
-    batches = StepBatches(data, args.global_batch_size, args.seed, flip, rank, world_size)
-    local_batch_size = len(batches.rows)
-    micro_batch = args.micro_batch or local_batch_size
-    eval_batch = min(micro_batch, 64)  # for statistics and evaluations
-    starts = range(0, local_batch_size, micro_batch)
-    parts = [slice(start, start + micro_batch) for start in starts]
+        val_data = rae.open_data(args.val_data or "toy", args.image_size, "val")
+    else:
+        rae.print0("evaluating on training images; pass --val-data for others")
+    if min(args.eval_num, len(val_data)) < 2:
+        raise rae.UsageError("--eval-num, --val-data: evaluation needs two images")
+    batches = rae.StepBatches(data, args, False, rank, world_size)
+    rows = batches.rows  # this rank's rows of the global batch
+    micro_batch_size = args.micro_batch_size or len(rows)
+    micro_batches = [slice(i, i + micro_batch_size) for i in range(0, len(rows), micro_batch_size)]
+    eval_batch_size = min(micro_batch_size, 64)
     encoder_image_size = args.image_size // args.upsample
-    encoder = build_encoder(args.encoder, encoder_image_size, args.encoder_weights).to(device)
+    encoder = rae.load_encoder(args.encoder, encoder_image_size, args.encoder_weights).to(device)
 
-    # The decoder, and its average, copied before anything is compiled or wrapped.
-    torch.manual_seed(args.seed)  # for the initial weights; every later draw has a key of its own
+    # Decoder and EMA. The EMA is copied before compiling and wrapping, so that it shares nothing.
+    torch.manual_seed(args.seed)  # initial weights; every later draw is seeded by its place
     patch_size = args.image_size // encoder.grid_size
-    decoder = Decoder(encoder.latent_dim, encoder.grid_size, patch_size, *DECODERS[args.size])
+    decoder = rae.Decoder(
+        encoder.latent_dim, encoder.grid_size, patch_size, *rae.DECODERS[args.size]
+    )
     decoder.to(device)
-    if args.init:
-        init = load_released_decoder(read_file(released_file(args.init)), where=args.init)
-        load_strict(decoder, init.state_dict(), args.init)
     decoder.checkpoint_activations = args.checkpoint_activations
     ema = copy.deepcopy(decoder).requires_grad_(False).eval()
     last_layer = decoder.decoder_pred.weight
-
-    # The frozen networks behind the losses, and the discriminator.
-    lpips = None
-    critic = encoder
-    if args.critics == "published":
-        lpips = load_lpips(args, device)
-        if args.gan > 0:
-            critic = build_encoder("dino-s8", 224, args.dino_weights, "--dino-weights").to(device)
-    perceptual_loss = lpips or PerceptualLoss(ViTFeatures(encoder))
-    if bf16:
-        critic = copy.deepcopy(critic)  # the encoder itself stays in float32
-        cast_matrices(critic)
-    if args.gan > 0 and critic.grid_size == 1:
-        raise ValueError("--encoder: a single token, too little for a discriminator; pass --gan 0")
-    features = ViTFeatures(critic)
-    discriminator = Discriminator(features.width, features.num_layers).to(device)
-    inception = load_inception(args.inception, device)[1] if args.inception else None
-
-    # Resume, if the folder holds this very run: the same flags, images and encoder.
-    out = Path(args.out)
-    settings = vars(args) | {"images": data.fingerprint(), "encoder_hash": encoder.fingerprint()}
-    checkpoint = None
-    first_step = 0
-    if (out / "checkpoint.pt").exists():
-        checkpoint = read_file(out / "checkpoint.pt")
-        check_same_run(out, checkpoint.get("args", {}), settings, MAY_CHANGE)
-        first_step = checkpoint["step"]
-        print0(f"{out}: going on at step {first_step} of {args.steps}")
-    # The latent statistics: in the checkpoint, or in a file of their own, if they are of these very
-    # latents. On ImageNet the pass that makes them takes minutes, and may be all that was done.
-    latents = {
-        name: settings[name] for name in ("images", "image_size", "upsample", "encoder_hash")
-    }
-    stats = checkpoint
-    if checkpoint is None and (out / "stats.pt").exists():
-        stats = read_file(out / "stats.pt")
-        if stats.get("latents") != latents:
-            stats = None
-
-    # All processes must have found the same files. If so, the mean of what they found is what each
-    # of them found.
-    found = torch.tensor([first_step, stats is not None], dtype=torch.float64)
-    if not torch.equal(all_reduce_mean(found.clone()), found):
-        raise ValueError(f"{out}: not the same on all nodes; put --out where all of them see it")
-    if rank == 0:
-        log = open_log(out, first_step)
-    new_stats = stats is None
-    if new_stats:
-        mean, var = latent_statistics(encoder, data, eval_batch, device, args.workers)
-        stats = {"mean": mean, "var": var, "latents": latents}
-    mean = stats["mean"]
-    var = stats["var"]
-    rae = RAE(encoder, decoder, mean, var, args.noise_tau, args.noise_dist).to(device)
-    rae.train()  # for `noised`; the encoder stays in eval mode by itself
-    ema_rae = RAE(encoder, ema, mean, var).to(device)
-    if new_stats and rank == 0:
-        save_file(stats, out / "stats.pt")
-
     if args.compile:
         for layer in decoder.decoder_layers:
-            layer.compile(dynamic=False)  # in place, so that parameters keep their names
+            layer.compile(dynamic=False)
+
+    # Losses: perceptual, and the discriminator on its frozen backbone
+    lpips = None
+    disc_encoder = encoder
+    if args.loss_networks == "published":
+        lpips = load_lpips(args, device)
+        if args.disc_weight > 0:
+            disc_encoder = rae.load_encoder("dino-s8", 224, args.dino_weights).to(device)
+    perceptual_loss = lpips or PerceptualLoss(ViTFeatures(encoder))
+    disc_backbone = ViTFeatures(disc_encoder)
+    discriminator = Discriminator(disc_backbone.width, disc_backbone.num_layers).to(device)
+
+    # DDP averages the gradients of both networks over the ranks. (By reading, the official code
+    # calls the unwrapped discriminator, so that its ranks drift apart.)
+    ddp_decoder = decoder
     ddp_discriminator = discriminator
-    if ddp:
-        device_ids = [device.index] if args.device == "cuda" else None
-        # rae now decodes through the wrapper; `decoder` stays the module itself.
-        rae.decoder = DistributedDataParallel(decoder, device_ids=device_ids)
-        ddp_discriminator = DistributedDataParallel(discriminator, device_ids=device_ids)
-    adamw = {"lr": args.lr, "betas": tuple(args.betas), "weight_decay": 0.0, "fused": True}
+    if world_size > 1:
+        ddp_decoder = DistributedDataParallel(decoder)
+        ddp_discriminator = DistributedDataParallel(discriminator)
+    adamw = {"lr": args.lr, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(decoder.parameters(), **adamw)
     d_optimizer = torch.optim.AdamW(discriminator.parameters(), **adamw)
 
-    # Sums that every step adds to and every line of the log prints and zeroes: the losses, the
-    # steps taken, and those skipped, which had a gradient that was not finite in either turn. The
-    # names on the left are views of `sums`.
-    loss_names = ("l1", "perceptual", "gan", "d_loss", "gan_weight")
-    sums = torch.zeros(len(loss_names) + 2, device=device)
-    loss_sums, taken, skipped = sums.split([len(loss_names), 1, 1])
+    # Latent statistics. Stage 1 doesn't use them: they go into the checkpoint, for stage 2.
+    out = Path(args.out)
+    checkpoint = None
+    if (out / "checkpoint.pt").exists():
+        checkpoint = rae.load(out / "checkpoint.pt")
+        mean = checkpoint["mean"]
+        var = checkpoint["var"]
+    else:
+        mean, var = latent_statistics(encoder, data, eval_batch_size, device, args.workers)
+    latent_hash = rae.RAE(encoder, ema, mean.to(device), var.to(device)).latent_hash()
 
+    # Resume, or start from other weights
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    settings |= {"images": data.fingerprint, "latents": latent_hash}
+    first_step = 0
     if checkpoint is not None:
-        path = out / "checkpoint.pt"
-        load_strict(decoder, checkpoint["model"], path)
-        load_strict(ema, checkpoint["ema"], path)
-        load_optimizer(optimizer, checkpoint["optimizer"], path)
-        load_strict(discriminator, checkpoint["discriminator"], path)
-        load_optimizer(d_optimizer, checkpoint["d_optimizer"], path)
-        sums.copy_(checkpoint["sums"])
-    resumed = checkpoint is not None
-    del checkpoint, stats
-
-    # What load_rae in rae.py needs to know of a decoder.
-    about = {
+        rae.check_same_run(out, checkpoint["settings"], settings)
+        decoder.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        discriminator.load_state_dict(checkpoint["discriminator"])
+        d_optimizer.load_state_dict(checkpoint["d_optimizer"])
+        first_step = checkpoint["step"]
+        rae.print0(f"resuming {out} at step {first_step}")
+        del checkpoint
+    elif args.init:
+        state = rae.load_decoder(rae.load(rae.find_file(args.init)), args.init).state_dict()
+        decoder.load_state_dict(state)
+        ema.load_state_dict(state)
+    # What load_rae needs besides the weights.
+    decoder_info = {
         "num_heads": decoder.num_heads,
         "encoder": args.encoder,
         "encoder_weights": args.encoder_weights,
-        "encoder_hash": settings["encoder_hash"],
         "encoder_image_size": encoder_image_size,
         "mean": mean,
         "var": var,
+        "latent_hash": latent_hash,
     }
     num_parameters = sum(p.numel() for p in decoder.parameters()) / 1e6
-    print0(f"{device} x {world_size}, {precision}; {len(data)} images")
-    print0(f"{args.encoder}: {encoder.grid_size**2} tokens x {encoder.latent_dim}")
-    print0(f"decoder {args.size}, {num_parameters:.1f}M parameters")
+    rae.print0(f"{len(data)} images; {args.encoder}: {encoder.grid_size**2} x {encoder.latent_dim}")
+    rae.print0(f"decoder {args.size}, {num_parameters:.1f}M parameters")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        log = rae.open_log(out, first_step)
 
-    # The images of all steps that are left, read ahead by workers.
-    loader = torch.utils.data.DataLoader(
+    loader = DataLoader(
         batches,
         batch_size=None,  # an item is a batch already
         sampler=range(first_step, args.steps),
         num_workers=args.workers,
-        worker_init_fn=end_quietly,
-        pin_memory=args.device == "cuda",
+        pin_memory=device.type == "cuda",
     )
-    stream = iter(loader)
-
-    # Ctrl-C and SIGTERM end the run where it is. Nothing is saved then: all processes would have
-    # to agree on a step first, and the last checkpoint is minutes old.
-    step = first_step  # these two are for `stop` to read
-    saved_step = first_step
-
-    def stop(number, frame):
-        print0(f"stopped at step {step}; the same command goes on from step {saved_step}")
-        # At once, without waiting for workers or for the other processes.
-        os._exit(128 + number)  # not 0: what comes after `&&` must not take the run for finished
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-
-    start_perceptual, start_d, start_gan = [round(share * args.steps) for share in args.starts]
+    start_perceptual, start_d, start_gan = [round(x * args.steps) for x in args.starts]
+    loss_sums = torch.zeros(len(LOSSES), device=device)  # since the last log line
+    num_summed = 0
+    skipped = 0
     skipped_in_a_row = 0
-    logged_step = first_step
-    logged_time = time.time()
+    images_done = 0
+    start = time.perf_counter()
 
-    # A turn of the loop saves, logs and evaluates the state after `step` steps, each if it is due,
-    # and then takes one more step. The last turn takes none. A resumed run begins in the middle of
-    # its first turn, after the save: what was due then is logged and evaluated again, since a kill
-    # may have come between.
-    for step in range(first_step, args.steps + 1):
-        last = step == args.steps
-
-        # Save, but never while steps are being skipped: the weights may be what is wrong, and the
-        # checkpoint before the last good one.
-        unsaved = step > first_step or not resumed  # at step 0 too: a full disk shows at once
-        if unsaved and (step % args.save_every == 0 or last) and skipped_in_a_row == 0:
-            # The checkpoint holds the processes' mean: from here on each of them goes on from
-            # that, as a resumed run will. (The mean of equal numbers changes nothing, so that they
-            # may be averaged again for the log.)
-            all_reduce_mean(sums)
-            if rank == 0:
-                checkpoint = {
-                    "model": decoder.state_dict(),
-                    "ema": ema.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "discriminator": discriminator.state_dict(),
-                    "d_optimizer": d_optimizer.state_dict(),
-                    "step": step,
-                    "sums": sums,
-                    "args": settings,
-                }
-                save_file(checkpoint | about, out / "checkpoint.pt")
-            saved_step = step
-        if rank == 0 and args.keep_every and step > 0 and step % args.keep_every == 0:
-            save_file({"ema": ema.state_dict(), **about}, out / f"ema_{step:07d}.pt")
-
-        # Log.
-        if step > 0 and (step % args.log_every == 0 or last):
-            all_reduce_mean(sums)
-            if rank == 0:
-                num_images = (step - logged_step) * args.global_batch_size
-                means = (loss_sums / taken.clamp(min=1)).tolist()
-                numbers = {
-                    "step": step,
-                    **dict(zip(loss_names, means)),
-                    "lr": learning_rate(step - 1, args),
-                    "skipped": int(skipped),
-                    "images_per_s": num_images / (time.time() - logged_time),
-                }
-                write_log(log, numbers)
-            sums.zero_()
-            logged_step = step
-            logged_time = time.time()
-
-        # Evaluate the averaged weights.
-        if step > 0 and (step % args.eval_every == 0 or last):
-            numbers, sheet = evaluate(ema_rae, val_data, args, eval_batch, lpips, inception)
-            if rank == 0:
-                write_log(log, {"step": step, **numbers})
-                save_sheet(sheet, out / f"grid_{step:06d}.png", columns=len(sheet) // 3)
-        if last:
-            break
-
-        # This step's learning rates and images.
+    for step, (images, _) in enumerate(loader, first_step):
+        images = images.to(device, non_blocking=True).float() / 255  # (b, 3, H, W)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         for group in d_optimizer.param_groups:
-            # Its schedule begins, warm-up included, with its own first step, and so does not reach
-            # its end: as released.
+            # The discriminator's schedule starts, with its warm-up, at its own first step. So it
+            # doesn't reach its end, as in the official code.
             group["lr"] = learning_rate(max(0, step - start_d), args)
-        images, _ = next(stream)
-        images = images.to(device, non_blocking=True).float() / 255  # (b, 3, H, W)
 
-        # Uniform numbers for DiffAug, (b, 5) each: for the reconstructions in the decoder's turn,
-        # and for real images and reconstructions in the discriminator's. Rows are numbered below
-        # global_batch_size, so that this number is free as the key.
-        g = keyed_generator(device, args.seed, step, args.global_batch_size)
-        u = torch.rand(args.global_batch_size, 3, 5, generator=g, device=device)
-        u_decoder, u_real, u_fake = u[batches.rows.start : batches.rows.stop].unbind(1)
+        # Draw noise levels and augmentations for the global batch; every rank takes its rows.
+        generator = rae.seeded_generator("step", args.seed, step, device=device)
+        n = args.global_batch_size
+        sigma = draw_sigma(n, args.noise_tau, args.noise_dist, generator, device)
+        u = torch.rand(n, 3, 5, generator=generator, device=device)
+        sigma = sigma[rows.start : rows.stop]  # (b,)
+        u_decoder, u_real, u_fake = u[rows.start : rows.stop].unbind(1)  # (b, 5) each
 
-        # The decoder's turn, micro_batch images at a time. The discriminator only judges: it stays
-        # in eval mode, without power iterations, and gets no gradients.
-        discriminator.eval()
-        discriminator.requires_grad_(False)
-        losses = {name: torch.zeros((), device=device) for name in loss_names}
+        # Decoder step, one micro-batch at a time; DDP averages gradients over the ranks in the last
+        # backward pass. The discriminator is fixed meanwhile.
+        discriminator.eval().requires_grad_(False)
+        losses = torch.zeros(len(LOSSES), device=device)
         clean_tokens = []
-        for part in parts:
-            real = images[part]  # (B, 3, H, W)
-            share = len(real) / local_batch_size
-            rows = batches.rows[part]
-            generators = [keyed_generator(device, args.seed, step, row) for row in rows]
-            sync = rae.decoder.no_sync() if ddp and part != parts[-1] else nullcontext()
-            with sync:
-                tokens = encoder(real)  # (B, N, C), outside autocast as for the statistics
-                clean_tokens.append(tokens)
+        for micro in micro_batches:
+            real = images[micro]  # (B, 3, H, W)
+            share = len(real) / len(rows)
+            keys = [("noise", args.seed, step, row) for row in rows[micro]]
+            tokens = encoder(real)  # (B, N, C), outside autocast as for the statistics
+            eps = rae.seeded_noise(keys, tokens.shape[1:], device)  # (B, N, C)
+            clean_tokens.append(tokens)
+            ddp_decoder.require_backward_grad_sync = micro is micro_batches[-1]
+            with autocast:
+                fake = ddp_decoder(add_noise(tokens, sigma[micro], eps))
+                fake = encoder.denormalize(fake)  # (B, 3, H, W)
+
+            l1 = (fake - real).abs().mean()
+            perceptual = torch.zeros_like(l1)
+            if args.perceptual_weight > 0 and step >= start_perceptual:
+                perceptual = perceptual_loss(fake, real).mean()
+            rec_loss = l1 + args.perceptual_weight * perceptual
+
+            g_loss = torch.zeros_like(l1)
+            disc_weight = torch.zeros_like(l1)
+            if args.disc_weight > 0 and step >= start_gan:
                 with autocast:
-                    reconstruction = rae.decode_tokens(rae.noised(tokens, generators))
+                    g_loss = -discriminator(disc_backbone(diffaug(fake, u_decoder[micro]))).mean()
+                (rec_grad,) = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)
+                (gan_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
+                disc_weight = args.disc_weight * adaptive_weight(rec_grad, gan_grad)
+                if world_size > 1:
+                    dist.all_reduce(disc_weight)
+                    disc_weight /= world_size
+            (share * (rec_loss + disc_weight * g_loss)).backward()
+            losses[:4] += share * torch.stack([l1, perceptual, g_loss, disc_weight]).detach()
 
-                # The reconstruction loss.
-                l1 = (reconstruction - real).abs().mean()
-                perceptual = torch.zeros((), device=device)
-                if args.perceptual > 0 and step >= start_perceptual:
-                    perceptual = perceptual_loss(reconstruction, real).mean()
-                rec_loss = l1 + args.perceptual * perceptual
-
-                # The GAN loss, and its weight: lambda of the micro-batch, averaged over the
-                # processes. The two gradients go back through the frozen networks to the last
-                # layer alone; backward() then goes all the way.
-                gan = torch.zeros((), device=device)
-                gan_weight = torch.zeros((), device=device)
-                if args.gan > 0 and step >= start_gan:
-                    with autocast:
-                        (logits,) = discriminator(
-                            features(augment(reconstruction, u_decoder[part]))
-                        )
-                    gan = generator_loss(logits)
-                    (g_rec,) = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)
-                    (g_gan,) = torch.autograd.grad(gan, last_layer, retain_graph=True)
-                    gan_weight = args.gan * all_reduce_mean(adaptive_weight(g_rec, g_gan))
-                (share * (rec_loss + gan_weight * gan)).backward()
-            losses["l1"] += share * l1.detach()
-            losses["perceptual"] += share * perceptual.detach()
-            losses["gan"] += share * gan.detach()
-            losses["gan_weight"] += share * gan_weight
-
-        # The optimiser's step, unless the gradient is not finite.
-        finite = bool(nn.utils.get_total_norm([p.grad for p in decoder.parameters()]).isfinite())
+        norm = nn.utils.get_total_norm([p.grad for p in decoder.parameters()])
+        finite = bool(norm.isfinite())
         if finite:
             optimizer.step()
-            update_ema(ema, decoder, args.ema, step)
+            rae.update_ema(ema, decoder, args.ema, step)
         optimizer.zero_grad()
 
-        # The discriminator's turn, on what a user would see: reconstructions from clean latents by
-        # the decoder as it is now, rounded to 8 bits.
-        if args.gan > 0 and step >= start_d:
-            discriminator.train()
-            discriminator.requires_grad_(True)
-            for part, tokens in zip(parts, clean_tokens):
-                real = images[part]
-                share = len(real) / local_batch_size
-                sync = ddp_discriminator.no_sync() if ddp and part != parts[-1] else nullcontext()
-                with sync:
-                    with autocast:
-                        with torch.no_grad():
-                            fake = rae.decode_tokens(tokens).clamp(0, 1).mul(255).round() / 255
-                            fake_features = features(augment(fake, u_fake[part]))
-                            real_features = features(augment(real, u_real[part]))
-                        logits_fake, logits_real = ddp_discriminator(fake_features, real_features)
-                    d_loss = hinge_loss(logits_real, logits_fake)
-                    (share * d_loss).backward()
-                losses["d_loss"] += share * d_loss.detach()
+        # Discriminator step, on what users will see: reconstructions by the updated decoder from
+        # tokens without noise, rounded to 8 bits.
+        if args.disc_weight > 0 and step >= start_d:
+            discriminator.train().requires_grad_(True)
+            for micro, tokens in zip(micro_batches, clean_tokens):
+                real = images[micro]
+                share = len(real) / len(rows)
+                ddp_discriminator.require_backward_grad_sync = micro is micro_batches[-1]
+                with autocast:
+                    with torch.no_grad():
+                        fake = rae.to_uint8(encoder.denormalize(decoder(tokens))) / 255
+                        fake_features = disc_backbone(diffaug(fake, u_fake[micro]))
+                        real_features = disc_backbone(diffaug(real, u_real[micro]))
+                    logits_fake = ddp_discriminator(fake_features)
+                    logits_real = ddp_discriminator(real_features)
+                d_loss = hinge_d_loss(logits_real, logits_fake)
+                (share * d_loss).backward()
+                losses[4] += share * d_loss.detach()
             d_norm = nn.utils.get_total_norm([p.grad for p in discriminator.parameters()])
             if d_norm.isfinite():
                 d_optimizer.step()
@@ -933,29 +656,67 @@ def main():
                 finite = False
             d_optimizer.zero_grad()
 
-        # Count.
+        # A step without a finite gradient is skipped; five in a row end the run.
         if finite:
-            loss_sums += torch.stack(list(losses.values()))
-            taken += 1
+            loss_sums += losses
+            num_summed += 1
             skipped_in_a_row = 0
         else:
             skipped += 1
             skipped_in_a_row += 1
-            if skipped_in_a_row == 5 or step + 1 == args.steps:
-                raise ValueError(
-                    f"the gradient was not finite for {skipped_in_a_row} steps in a row; the last "
-                    "checkpoint is kept: start a new run from it with --init and another --out, "
-                    "a lower --lr or --precision fp32"
-                )
+            if skipped_in_a_row == 5:
+                raise rae.UsageError("no finite gradient in five steps; try a lower --lr or fp32")
+        images_done += args.global_batch_size
+        done = step + 1  # the number of steps behind us
+        final = done == args.steps
 
-    print0(f"{out}: finished; its decoder is {out}/checkpoint.pt")
-    leave_group()
+        # Log
+        if done % args.log_every == 0 or final:
+            means = loss_sums / max(1, num_summed)
+            if world_size > 1:
+                dist.all_reduce(means)
+                means /= world_size
+            if rank == 0:
+                numbers = {
+                    "step": done,
+                    **dict(zip(LOSSES, means.tolist())),
+                    "lr": learning_rate(step, args),
+                    "skipped": skipped,
+                    "images_per_s": images_done / (time.perf_counter() - start),
+                }
+                rae.write_log(log, numbers)
+            loss_sums.zero_()
+            num_summed = 0
+            images_done = 0
+            start = time.perf_counter()
+        pause = time.perf_counter()
+
+        # Evaluate the EMA
+        if rank == 0 and (done % args.eval_every == 0 or final):
+            numbers, grid = evaluate(encoder, ema, val_data, args, eval_batch_size, lpips)
+            rae.write_log(log, {"step": done, **numbers})
+            rae.save_grid(grid, out / f"grid_{done:06d}.png", columns=len(grid) // 3)
+
+        # Save, last of all: a run killed before this repeats the iteration, one killed after it has
+        # everything.
+        if rank == 0 and args.keep_every and done % args.keep_every == 0:
+            rae.atomic_save({"ema": ema.state_dict(), **decoder_info}, out / f"ema_{done:07d}.pt")
+        if rank == 0 and (done % args.save_every == 0 or final):
+            checkpoint = {
+                "model": decoder.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "discriminator": discriminator.state_dict(),
+                "d_optimizer": d_optimizer.state_dict(),
+                "step": done,
+                "settings": settings,
+                **decoder_info,
+            }
+            rae.atomic_save(checkpoint, out / "checkpoint.pt")
+        start += time.perf_counter() - pause  # images_per_s counts training time only
+
+    rae.print0(f"finished; the decoder is {out}/checkpoint.pt")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(error_line(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    rae.run_script(main)

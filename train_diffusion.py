@@ -1,23 +1,17 @@
-"""Stage 2: train DiT^DH by flow matching on the latents of a frozen RAE (sections 4 and 5).
+"""Stage 2: train DiT^DH by flow matching in the latent space of a frozen RAE (sections 4 and 5).
 
-    python train_diffusion.py                                      # the toy world -> out/diffusion
-    python train_diffusion.py --data FOLDER --decoder out/decoder/checkpoint.pt        # own images
+    python train_diffusion.py                                          # toy data -> out/diffusion
+    python train_diffusion.py --data FOLDER --decoder out/decoder/checkpoint.pt     # your images
     torchrun --standalone --nproc_per_node=8 train_diffusion.py --preset imagenet256
 
-Writes checkpoint.pt (model, average, optimiser), pairs.png (images over reconstructions),
-samples_*.png (a column per class, always from the same noise) and log.jsonl. The same command goes
-on with a stopped run.
+Writes checkpoint.pt, log.jsonl, samples_*.png (one column per class, always from the same noise)
+and reconstructions.png to --out. Rerun the same command to resume.
 """
 
 import argparse
 import copy
 import math
-import os
-import signal
-import sys
 import time
-from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -25,42 +19,36 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from dit_dh import SIZES, DiTDH, draw_time, flow_loss, shift_alpha, shift_time, time_grid
 from rae import (
     StepBatches,
-    all_reduce_mean,
-    available_devices,
+    UsageError,
+    atomic_save,
+    bounded,
     check_same_run,
-    end_quietly,
-    error_line,
-    keyed_generator,
-    keyed_noise,
-    leave_group,
-    load_optimizer,
+    load,
     load_rae,
-    load_strict,
-    natural,
-    number,
+    non_negative_int,
     open_data,
     open_log,
-    parse_flags,
+    parse_args,
     positive_int,
     print0,
     psnr,
-    rank_and_world_size,
-    read_file,
-    read_images,
-    save_file,
-    save_sheet,
-    set_precision,
+    run_script,
+    save_grid,
+    seeded_generator,
+    seeded_noise,
+    setup_distributed,
     update_ema,
     write_log,
 )
 from sample import balanced_labels, generate, load_model
 
-# The toy: small enough for two CPU cores and two minutes. Its alpha is about the best of 1 to 5.66;
-# the formula's base, 4,096 numbers, is of other latents, and would give 1.
+# Two minutes on two CPU cores. alpha was tuned between 1 and 5.66; the paper's formula gives 1 for
+# latents this small.
 TOY = {
     "data": "toy",
     "decoder": "toy",
@@ -68,7 +56,6 @@ TOY = {
     "wide_head": "128,1,4",
     "alpha": 4.0,
     "global_batch_size": 64,
-    "micro_batch": None,
     "steps": 1000,
     "lr": 5e-3,
     "lr_end": 1e-4,
@@ -81,16 +68,15 @@ TOY = {
     "sample_every": 500,
     "save_every": 500,
 }
-# ImageNet (appendix D): 800 epochs of 1,251 steps; lr 2e-4 for 40 epochs, then linear to 2e-5.
-# The micro-batches are what 80 GB hold.
+# Appendix D: 800 epochs of 1,251 steps; lr 2e-4 for 40 epochs, then linear to 2e-5. Micro-batches
+# are sized for 80 GB.
 IMAGENET = {
     "data": "imagenet/train",
     "decoder": "released:dinov2-b",
     "backbone": "XL",
     "wide_head": "G",
-    "alpha": None,
     "global_batch_size": 1024,
-    "micro_batch": 64,
+    "micro_batch_size": 64,
     "steps": 1000800,
     "lr": 2e-4,
     "lr_end": 2e-5,
@@ -106,441 +92,271 @@ IMAGENET = {
 PRESETS = {
     "toy": TOY,
     "imagenet256": IMAGENET,
-    # 400 epochs, after which the paper's model at 512 px was scored.
+    # 400 epochs, after which the paper's 512 px model was scored.
     "imagenet512": IMAGENET
-    | {"decoder": "released:dinov2-b-512", "micro_batch": 16, "steps": 500400},
+    | {"decoder": "released:dinov2-b-512", "micro_batch_size": 16, "steps": 500400},
 }
-# What may differ when a run is resumed. All other flags define the run.
-MAY_CHANGE = {
-    "preset",
-    "out",
-    "device",
-    "workers",
-    "micro_batch",
-    "compile",
-    "checkpoint_activations",
-    "cfg_scale",
-    "log_every",
-    "sample_every",
-    "save_every",
-    "keep_every",
-    "stop_at",
-}
-NUM_BINS = 5  # the log has the loss by bins of t
-PREVIEW_BATCH = 64  # images drawn at once: without gradients they take less than training does
+# Flags that may differ when a run is resumed. Images and latents are compared by their hashes.
+MAY_CHANGE = """preset out device workers micro_batch_size compile checkpoint_activations cfg_scale
+log_every sample_every save_every keep_every stop_at data decoder encoder encoder_weights stats
+""".split()
 
 
 def backbone_size(text):
-    """The type of --backbone: a name of SIZES, or width,depth,num_heads."""
+    """argparse type: a name of SIZES, or width,depth,num_heads."""
     if text in SIZES:
         return SIZES[text]
-    width, depth, num_heads = text.split(",")
-    return positive_int(width), positive_int(depth), positive_int(num_heads)
-
-
-def wide_head_size(text):
-    """The type of --wide-head: as --backbone, but two blocks where it is a name; or "none"."""
-    if text == "none":
-        return None
-    width, depth, num_heads = backbone_size(text)
-    if text in SIZES:
-        depth = 2
+    width, depth, num_heads = map(positive_int, text.split(","))
+    if width % (4 * num_heads) != 0:
+        raise argparse.ArgumentTypeError(f"{text}: head dim must be a multiple of 4")
     return width, depth, num_heads
 
 
-def get_args():
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    p.add_argument("--preset", choices=PRESETS, default="toy", help="the other flags' defaults")
-    # images and their latents
-    p.add_argument("--data", help="toy, or a folder of images whose subfolders are the classes")
-    p.add_argument("--no-flip", action="store_true", help="show no mirror images")
-    p.add_argument("--decoder", help="toy, a checkpoint of train_decoder.py or released:NAME")
-    p.add_argument("--encoder", help="the encoder that a bare released decoder belongs to")
-    p.add_argument("--encoder-weights", help="local file of the encoder's weights, in timm's names")
-    p.add_argument("--stats", help="latent statistics of a bare released decoder")
-    # the model
-    p.add_argument("--backbone", type=backbone_size, help="S B L XL, or width,depth,num_heads")
-    p.add_argument(
-        "--wide-head", type=wide_head_size, help="likewise (paper: G), or none: plain DiT"
-    )
-    p.add_argument("--init", help="start from these weights: a checkpoint or released:NAME")
-    # the flow
-    p.add_argument(
-        "--predict",
-        choices=["v", "x"],
-        default="v",
-        help="what the last layer gives: the velocity, or the clean latent; the loss is v's",
-    )
-    p.add_argument(
-        "--alpha", type=number(1e-3), help="schedule shift; ImageNet presets: sqrt(N C / 4096)"
-    )
-    p.add_argument("--time", choices=["logit-normal", "uniform"], default="logit-normal")
-    p.add_argument(
-        "--label-drop", type=number(0, 1), default=0.1, help="share of labels dropped, 1 for all"
-    )
-    # the optimiser
-    p.add_argument("--steps", type=positive_int, help="optimiser steps")
-    p.add_argument("--stop-at", type=positive_int, help="end here, on the way to --steps")
-    p.add_argument("--global-batch-size", type=positive_int, help="images a step, all processes'")
-    p.add_argument(
-        "--micro-batch",
-        type=positive_int,
-        help="images at once, in each process; unset: its whole share",
-    )
-    p.add_argument("--lr", type=number(0), help="peak learning rate (paper: 2e-4)")
-    p.add_argument("--lr-end", type=number(0), help="learning rate at the end (paper: 2e-5)")
-    p.add_argument(
-        "--hold", type=natural, help="steps before the rate falls (paper: 40 of 800 epochs)"
-    )
-    p.add_argument("--clip", type=number(0), default=1.0, help="largest gradient norm, 0 for any")
-    p.add_argument("--ema", type=number(0, 1), help="decay of the averaged weights (paper: 0.9995)")
-    p.add_argument("--seed", type=natural, default=0, help="of everything random")
-    # the machine
-    devices = available_devices()
-    p.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
-    p.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "tf32", "bf16"],
-        default="auto",
-        help="auto: bf16 on GPUs that compute in it, else fp32",
-    )
-    p.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="compile the model's blocks"
-    )
-    p.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
-    p.add_argument("--workers", type=natural, help="processes that read images")
-    # what is written
-    p.add_argument("--out", default="out/diffusion", help="folder of the run")
-    p.add_argument("--log-every", type=positive_int, help="steps between lines of the log")
-    p.add_argument("--sample-every", type=positive_int, help="steps between sheets of samples")
-    p.add_argument("--cfg-scale", type=number(0), help="classifier-free guidance of these samples")
-    p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
-    p.add_argument(
-        "--keep-every", type=natural, default=0, help="steps between kept EMA weights, 0: none"
-    )
+def wide_head_size(text):
+    """argparse type: "none", a name of SIZES (for its width; two blocks), or width,depth,heads."""
+    if text == "none":
+        return None
+    width, depth, num_heads = backbone_size(text)
+    return width, 2 if text in SIZES else depth, num_heads
 
-    return parse_flags(p, PRESETS)
+
+def get_args():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    # images and latents
+    p.add_argument("--data", help="toy, or a folder with one subfolder per class")
+    p.add_argument("--no-flip", action="store_true", help="don't mirror images")
+    p.add_argument("--decoder", help="toy, a checkpoint of train_decoder.py or released:NAME")
+    p.add_argument("--encoder", help="for an official decoder file: its encoder")
+    p.add_argument("--encoder-weights", help="local file of the encoder's timm weights")
+    p.add_argument("--stats", help="for an official decoder file: its latent statistics")
+    # model
+    p.add_argument("--backbone", type=backbone_size, help="S, B, L, XL or width,depth,num_heads")
+    p.add_argument("--wide-head", type=wide_head_size, help="the same, or none for a plain DiT")
+    p.add_argument("--init", help="initial weights: a checkpoint or released:NAME")
+    # flow matching
+    p.add_argument("--alpha", type=bounded(1e-3), help="schedule shift (default: section 4.2)")
+    p.add_argument("--time", choices=["logit-normal", "uniform"], default="logit-normal")
+    p.add_argument("--label-drop", type=bounded(0, 1), default=0.1, help="1: unconditional model")
+    # optimization
+    p.add_argument("--steps", type=positive_int, help="length of the learning rate schedule")
+    p.add_argument("--stop-at", type=positive_int, help="stop at this step, before --steps")
+    p.add_argument("--global-batch-size", type=positive_int, help="images per step, all ranks")
+    p.add_argument("--micro-batch-size", type=positive_int, help="images per forward pass")
+    p.add_argument("--lr", type=bounded(0), help="peak learning rate (paper: 2e-4)")
+    p.add_argument("--lr-end", type=bounded(0), help="final learning rate (paper: 2e-5)")
+    p.add_argument("--hold", type=non_negative_int, help="steps at --lr before the linear decay")
+    p.add_argument("--clip", type=bounded(0), default=1.0, help="gradient clipping norm, 0: off")
+    p.add_argument("--ema", type=bounded(0, 1), help="EMA decay (paper: 0.9995)")
+    # machine
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile blocks")
+    p.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
+    p.add_argument("--workers", type=non_negative_int, help="data loading processes")
+    # output
+    p.add_argument("--out", default="out/diffusion", help="folder of the run")
+    p.add_argument("--log-every", type=positive_int, help="steps between log lines")
+    p.add_argument("--sample-every", type=positive_int, help="steps between sample grids")
+    p.add_argument("--cfg-scale", type=bounded(0), help="guidance of the sample grids, 1: none")
+    p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
+    p.add_argument("--keep-every", type=positive_int, help="steps between kept EMA weights")
+    return parse_args(p, PRESETS)
 
 
 def learning_rate(step, args):
-    """Constant for `hold` steps, then linear from lr to lr_end."""
-    fallen = max(0.0, (step - args.hold) / max(1, args.steps - args.hold))
-    return args.lr + (args.lr_end - args.lr) * fallen
-
-
-def draw_time_and_drop(args, step, rows, device):
-    """t (b,) before the shift, and whether the label is dropped (b,), of rows of the global batch.
-
-    They come from one generator for all rows. Its key is (seed, step, global_batch_size), which is
-    no row's, since rows are numbered from 0; see keyed_rng in rae.py.
-    """
-    g = keyed_generator(device, args.seed, step, args.global_batch_size)
-    u = torch.rand(args.global_batch_size, 2, generator=g, device=device)  # (global batch, 2)
-    u = u[rows.start : rows.stop]  # (b, 2)
-    return draw_time(u[:, 0], args.time), u[:, 1] < args.label_drop
-
-
-def start_from(model, name):
-    """Copy another model's averaged weights.
-
-    Where it has other classes the label table stays as it is.
-    """
-    other, _ = load_model(name)
-    state = other.state_dict()
-    if other.num_classes != model.num_classes:
-        print0(
-            f"{name}: {other.num_classes} classes there, {model.num_classes} here; "
-            "the label table is new"
-        )
-        table = "y_embedder.embedding_table.weight"
-        state[table] = model.state_dict()[table]
-    load_strict(model, state, name)
-
-
-@torch.no_grad()
-def draw_pairs(rae, data, path, device):
-    """Draw images over their reconstructions, the best that the diffusion model can reach."""
-    indices = np.linspace(0, len(data) - 1, 16).astype(int)
-    images = read_images(data, indices, device)  # (16, 3, H, W)
-    reconstructions = rae.decode(rae.encode(images)).clamp(0, 1)  # (16, 3, H, W)
-    quality = psnr(reconstructions, images).mean().item()
-    save_sheet(torch.cat([images, reconstructions]), path, columns=len(images))
-    print(f"{path}: reconstructions at {quality:.1f} dB", flush=True)
-    if quality < 15:
-        print("WARNING: the decoder looks untrained, or made for other images", flush=True)
+    """lr for `hold` steps, then linear to lr_end."""
+    decay = max(0.0, (step - args.hold) / max(1, args.steps - args.hold))
+    return args.lr + (args.lr_end - args.lr) * decay
 
 
 def main():
     args = get_args()
+    rank, world_size, device, autocast = setup_distributed(args)
 
-    # The process group. torchrun starts one process per GPU and tells each its number.
-    ddp = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if ddp and args.device == "mps":
-        raise ValueError("--device mps: a Mac's GPU takes one process; run without torchrun")
-    if ddp:
-        # Tensors on GPUs go by NCCL, those on CPUs by gloo. The others wait while the first process
-        # saves, which can take minutes.
-        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
-    rank, world_size = rank_and_world_size()
-    device = torch.device(args.device)
-    if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-
-    precision = set_precision(args.precision, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-    # The frozen autoencoder and the images.
-    rae = load_rae(args.decoder, args.encoder, args.encoder_weights, args.stats, device)
+    # Frozen RAE and data
+    rae_files = {
+        "decoder": args.decoder,
+        "encoder": args.encoder,
+        "encoder_weights": args.encoder_weights,
+        "stats": args.stats,
+    }
+    rae = load_rae(**rae_files, device=device)
     latent_shape = rae.latent_mean.shape  # (N, C)
     alpha = args.alpha or shift_alpha(*latent_shape)
     data = open_data(args.data, rae.image_size)
-    batches = StepBatches(
-        data, args.global_batch_size, args.seed, not args.no_flip, rank, world_size
-    )
-    local_batch_size = len(batches.rows)
-    micro_batch = args.micro_batch or local_batch_size
-    starts = range(0, local_batch_size, micro_batch)
-    parts = [slice(start, start + micro_batch) for start in starts]
+    batches = StepBatches(data, args, not args.no_flip, rank, world_size)
+    rows = batches.rows  # this rank's rows of the global batch
+    micro_batch_size = args.micro_batch_size or len(rows)
+    micro_batches = [slice(i, i + micro_batch_size) for i in range(0, len(rows), micro_batch_size)]
 
-    # The model, and its average, copied before anything is compiled or wrapped.
-    torch.manual_seed(args.seed)  # for the initial weights; every later draw has a key of its own
+    # Model and EMA. The EMA is copied before compiling and wrapping, so that it shares nothing.
+    torch.manual_seed(args.seed)  # initial weights; every later draw is seeded by its place
     model = DiTDH(
         latent_dim=latent_shape[1],
         grid_size=rae.encoder.grid_size,
         backbone=args.backbone,
         wide_head=args.wide_head,
         num_classes=len(data.classes),
-        predict=args.predict,
     ).to(device)
     model.checkpoint_activations = args.checkpoint_activations
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if args.compile:
-        # One by one: model.blocks has those of the backbone and of the head, two shapes, so that
-        # two blocks are compiled instead of thirty. In place, so that parameters keep their names.
-        for block in model.blocks:
+        for block in model.blocks:  # backbone and head blocks: two compilations, not thirty
             block.compile(dynamic=False)
-    ddp_model = model
-    if ddp:
-        device_ids = [device.index] if args.device == "cuda" else None
-        ddp_model = DistributedDataParallel(model, device_ids=device_ids)
+    ddp_model = DistributedDataParallel(model) if world_size > 1 else model
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
 
-    # Sums that every step adds to and every line of the log prints and zeroes: the loss and how
-    # many images had it, by bins of t; the gradient's norm; the steps taken; those skipped. The
-    # names on the left are views of `sums`.
-    sums = torch.zeros(2 * NUM_BINS + 3, device=device)
-    loss_sum, loss_count, norm_sum, taken, skipped = sums.split([NUM_BINS, NUM_BINS, 1, 1, 1])
-
-    # Resume, if the folder holds this very run: the same flags, images and latents.
+    # Resume, or start from other weights
     out = Path(args.out)
-    settings = vars(args) | {
-        "alpha": alpha,
-        "images": data.fingerprint(),
-        "latents": rae.fingerprint(),
-    }
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    settings |= {"alpha": alpha, "images": data.fingerprint, "latents": rae.latent_hash()}
     first_step = 0
-    resumed = (out / "checkpoint.pt").exists()
-    if resumed:
-        checkpoint = read_file(out / "checkpoint.pt")
-        check_same_run(out, checkpoint.get("args", {}), settings, MAY_CHANGE)
-        load_strict(model, checkpoint["model"], out / "checkpoint.pt")
-        load_strict(ema, checkpoint["ema"], out / "checkpoint.pt")
-        load_optimizer(optimizer, checkpoint["optimizer"], out / "checkpoint.pt")
-        sums.copy_(checkpoint["sums"])
+    if (out / "checkpoint.pt").exists():
+        checkpoint = load(out / "checkpoint.pt")
+        check_same_run(out, checkpoint["settings"], settings)
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
         first_step = checkpoint["step"]
+        print0(f"resuming {out} at step {first_step}")
         del checkpoint
-        if args.stop_at and args.stop_at < first_step:
-            raise ValueError(f"--stop-at {args.stop_at}: {out} is at step {first_step} already")
-        print0(f"{out}: going on at step {first_step} of {args.steps}")
     elif args.init:
-        start_from(model, args.init)
-        ema.load_state_dict(model.state_dict())
-    # All processes must have found the same file. If so, the mean of what they found is what each
-    # of them found.
-    found = torch.tensor([first_step, resumed], dtype=torch.float64)
-    if not torch.equal(all_reduce_mean(found.clone()), found):
-        raise ValueError(f"{out}: not the same on all nodes; put --out where all of them see it")
-    if rank == 0:
-        log = open_log(out, first_step)
-        if not resumed:
-            draw_pairs(rae, data, out / "pairs.png", device)
+        state = load_model(args.init)[0].state_dict()
+        table = "y_embedder.embedding_table.weight"
+        if len(state[table]) != model.num_classes + 1:
+            print0(f"{args.init} has other classes: starting from a new label embedding")
+            state[table] = model.state_dict()[table]
+        model.load_state_dict(state)
+        ema.load_state_dict(state)
 
     num_parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print0(f"{device} x {world_size}, {precision}")
     print0(f"{len(data)} images of {len(data.classes)} classes")
-    print0(f"{latent_shape[0]} tokens x {latent_shape[1]}, alpha {alpha:.3f}")
+    print0(f"latents {latent_shape[0]} x {latent_shape[1]}, alpha {alpha:.3f}")
     print0(f"backbone {args.backbone}, head {args.wide_head}, {num_parameters:.1f}M parameters")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open_log(out, first_step)
+        # Samples can't look better than reconstructions: check these before a long run.
+        images = [data[i] for i in np.linspace(0, len(data) - 1, 16).astype(int)]
+        images = torch.from_numpy(np.stack(images)).to(device) / 255  # (16, 3, H, W)
+        reconstructions = rae.decode(rae.encode(images)).clamp(0, 1)  # (16, 3, H, W)
+        save_grid(torch.cat([images, reconstructions]), out / "reconstructions.png", columns=16)
+        print(f"reconstructions.png: PSNR {psnr(reconstructions, images).mean():.1f} dB")
 
-    # Previews: eight rows, a column per class, from the same noise each time.
+    # Sample grids: up to ten classes with eight images each.
     classes = list(range(model.num_classes))[:10]
     if args.label_drop == 1:
-        classes = [model.num_classes]  # the null label is all that this model knows
-    preview_labels = balanced_labels(classes, 8 * len(classes))
-    timesteps = time_grid(25, alpha)
+        classes = [model.num_classes]  # unconditional model: trained on the null label only
+    grid_labels = balanced_labels(classes, 8 * len(classes))
 
-    # --stop-at ends the run early, with the learning rates of the whole.
     last_step = min(args.stop_at or args.steps, args.steps)
-
-    # The images of all steps that are left, read ahead by workers.
-    loader = torch.utils.data.DataLoader(
+    loader = DataLoader(
         batches,
         batch_size=None,  # an item is a batch already
         sampler=range(first_step, last_step),
         num_workers=args.workers,
-        worker_init_fn=end_quietly,
-        pin_memory=args.device == "cuda",
+        pin_memory=device.type == "cuda",
     )
-    stream = iter(loader)
-
-    # Ctrl-C and SIGTERM end the run where it is. Nothing is saved then: all processes would have
-    # to agree on a step first, and the last checkpoint is minutes old.
-    step = first_step  # these two are for `stop` to read
-    saved_step = first_step
-
-    def stop(number, frame):
-        print0(f"stopped at step {step}; the same command goes on from step {saved_step}")
-        # At once, without waiting for workers or for the other processes.
-        os._exit(128 + number)  # not 0: `train && sample` must not sample a half-trained model
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-
+    loss_sum = torch.zeros(5, device=device)  # by fifths of t, since the last log line
+    loss_count = torch.zeros(5, device=device)
+    skipped = 0
     skipped_in_a_row = 0
-    logged_step = first_step
-    logged_time = time.time()
+    images_done = 0
+    start = time.perf_counter()
 
-    # A turn of the loop saves, logs and draws the state after `step` steps, each if it is due, and
-    # then takes one more step. The last turn takes none. A resumed run begins in the middle of its
-    # first turn, after the save: what was due then is logged and drawn again, since a kill may
-    # have come between.
-    for step in range(first_step, last_step + 1):
-        last = step == last_step
-
-        # Save, but never while steps are being skipped: the weights may be what is wrong, and the
-        # checkpoint before the last good one.
-        unsaved = step > first_step or not resumed  # at step 0 too: a full disk shows at once
-        if unsaved and (step % args.save_every == 0 or last) and skipped_in_a_row == 0:
-            # The checkpoint holds the processes' mean: from here on each of them goes on from
-            # that, as a resumed run will. (The mean of equal numbers changes nothing, so that they
-            # may be averaged again for the log.)
-            all_reduce_mean(sums)
-            if rank == 0:
-                checkpoint = {
-                    "model": model.state_dict(),
-                    "ema": ema.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "sums": sums,
-                    "args": settings,
-                    "config": model.config,
-                    "classes": data.classes,
-                }
-                save_file(checkpoint, out / "checkpoint.pt")
-            saved_step = step
-        if rank == 0 and args.keep_every and step > 0 and step % args.keep_every == 0:
-            kept = {
-                "ema": ema.state_dict(),
-                "args": settings,
-                "config": model.config,
-                "alpha": alpha,
-            }
-            save_file(kept, out / f"ema_{step:07d}.pt")
-
-        # Log.
-        if step > 0 and (step % args.log_every == 0 or last):
-            all_reduce_mean(sums)
-            if rank == 0:
-                num_images = (step - logged_step) * args.global_batch_size
-                numbers = {
-                    "step": step,
-                    "loss": (loss_sum.sum() / loss_count.sum().clamp(min=1)).item(),
-                    "grad_norm": (norm_sum / taken.clamp(min=1)).item(),
-                    "lr": learning_rate(step - 1, args),
-                    "skipped": int(skipped),
-                    "images_per_s": num_images / (time.time() - logged_time),
-                    "loss_by_t": (loss_sum / loss_count.clamp(min=1)).tolist(),
-                }
-                write_log(log, numbers)
-            sums.zero_()
-            logged_step = step
-            logged_time = time.time()
-
-        # Draw samples of the averaged weights.
-        if rank == 0 and step > 0 and (step % args.sample_every == 0 or last):
-            pictures = []
-            for start in range(0, len(preview_labels), PREVIEW_BATCH):
-                some = preview_labels[start : start + PREVIEW_BATCH]
-                drawn = generate(
-                    rae, ema, some, timesteps, args.seed, autocast, start, cfg_scale=args.cfg_scale
-                )
-                pictures.append(drawn)
-            sheet = torch.cat(pictures)
-            save_sheet(sheet, out / f"samples_{step:07d}.png", columns=len(classes))
-        if last:
-            break
-
-        # This step's learning rate, images and random numbers.
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        images, labels = next(stream)
+    for step, (images, labels) in enumerate(loader, first_step):
+        # Draw t and dropped labels for the global batch; every rank takes its rows.
+        generator = seeded_generator("step", args.seed, step, device=device)
+        t = draw_time(args.global_batch_size, args.time, generator, device)
+        drop = torch.rand(args.global_batch_size, generator=generator, device=device)
+        t = t[rows.start : rows.stop]  # (b,)
+        drop = drop[rows.start : rows.stop] < args.label_drop  # (b,)
+        y = torch.where(drop, model.num_classes, labels.to(device))  # (b,)
         images = images.to(device, non_blocking=True)  # (b, 3, H, W) uint8
-        labels = labels.to(device, non_blocking=True)  # (b,)
-        t, drop = draw_time_and_drop(args, step, batches.rows, device)
-        y = torch.where(drop, model.num_classes, labels)  # (b,); num_classes is the null label
 
-        # Loss and gradient, micro_batch images at a time. DistributedDataParallel averages the
-        # gradients over the processes in the last of these backward passes. The encoder runs
-        # outside autocast, as in the pass that made the latent statistics.
+        # Loss and gradients, one micro-batch at a time; DDP averages gradients over the ranks in the
+        # last backward pass. The encoder runs outside autocast, as it did for the statistics.
         losses = []
-        for part in parts:
-            keys = [(args.seed, step, row) for row in batches.rows[part]]
-            noise = keyed_noise(keys, latent_shape, device)  # (b, N, C)
-            z = rae.encode(images[part] / 255)  # (b, N, C), frozen: without gradient
-            sync = ddp_model.no_sync() if ddp and part != parts[-1] else nullcontext()
-            with sync:
-                with autocast:
-                    loss = flow_loss(ddp_model, z, y[part], alpha, t[part], noise)  # (b,)
-                (loss.sum() / local_batch_size).backward()
+        for micro in micro_batches:
+            keys = [("noise", args.seed, step, row) for row in rows[micro]]
+            eps = seeded_noise(keys, latent_shape, device)  # (B, N, C)
+            z = rae.encode(images[micro] / 255)  # (B, N, C)
+            ddp_model.require_backward_grad_sync = micro is micro_batches[-1]
+            with autocast:
+                loss = flow_loss(ddp_model, z, y[micro], alpha, t[micro], eps)  # (B,)
+            (loss.sum() / len(rows)).backward()
             losses.append(loss.detach())
 
-        # The optimiser's step, unless the gradient is not finite: then the step is skipped.
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-        if norm.isfinite():  # the only place in a step where the CPU waits for the GPU
+        # Update. A step without a finite gradient is skipped; five in a row end the run.
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+        if grad_norm.isfinite():  # the only host-device sync of a step
             optimizer.step()
             update_ema(ema, model, args.ema, step)
-            bins = (shift_time(t, alpha) * NUM_BINS).long().clamp(max=NUM_BINS - 1)  # (b,)
-            loss_sum.index_add_(0, bins, torch.cat(losses))
-            loss_count.index_add_(0, bins, torch.ones_like(t))
-            norm_sum += norm
-            taken += 1
+            fifth = (shift_time(t, alpha) * 5).long().clamp(max=4)  # (b,)
+            loss_sum.index_add_(0, fifth, torch.cat(losses))
+            loss_count.index_add_(0, fifth, torch.ones_like(t))
             skipped_in_a_row = 0
         else:
             skipped += 1
             skipped_in_a_row += 1
-            if skipped_in_a_row == 5 or step + 1 == last_step:
-                raise ValueError(
-                    f"the gradient was not finite for {skipped_in_a_row} steps in a row; the last "
-                    "checkpoint is kept: start a new run from it with --init and another --out, "
-                    "a lower --lr or --precision fp32"
-                )
+            if skipped_in_a_row == 5:
+                raise UsageError("no finite gradient in five steps; try a lower --lr or fp32")
         optimizer.zero_grad()
+        images_done += args.global_batch_size
+        done = step + 1  # the number of steps behind us
+        final = done == last_step
 
-    print0(f"{out}: step {last_step} of {args.steps}; python sample.py --ckpt {out}/checkpoint.pt")
-    leave_group()
+        # Log
+        if done % args.log_every == 0 or final:
+            if world_size > 1:
+                dist.all_reduce(loss_sum)
+                dist.all_reduce(loss_count)
+            if rank == 0:
+                numbers = {
+                    "step": done,
+                    "loss": (loss_sum.sum() / loss_count.sum().clamp(min=1)).item(),
+                    "grad_norm": grad_norm.item(),
+                    "lr": learning_rate(step, args),
+                    "skipped": skipped,
+                    "images_per_s": images_done / (time.perf_counter() - start),
+                    "loss_by_t": (loss_sum / loss_count.clamp(min=1)).tolist(),
+                }
+                write_log(log, numbers)
+            loss_sum.zero_()
+            loss_count.zero_()
+            images_done = 0
+            start = time.perf_counter()
+        pause = time.perf_counter()
+
+        # Sample from the EMA
+        if rank == 0 and (done % args.sample_every == 0 or final):
+            timesteps = time_grid(25, alpha)
+            guidance = {"cfg_scale": args.cfg_scale}
+            grid = generate(rae, ema, grid_labels, timesteps, args.seed, autocast, **guidance)
+            save_grid(grid, out / f"samples_{done:07d}.png", columns=len(classes))
+
+        # Save, last of all: a run killed before this repeats the iteration, one killed after it has
+        # everything.
+        if rank == 0 and args.keep_every and done % args.keep_every == 0:
+            kept = {"ema": ema.state_dict(), "config": model.config, "rae": rae_files}
+            atomic_save(kept | {"settings": settings}, out / f"ema_{done:07d}.pt")
+        if rank == 0 and (done % args.save_every == 0 or final):
+            checkpoint = {
+                "model": model.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": done,
+                "settings": settings,
+                "config": model.config,
+                "rae": rae_files,
+            }
+            atomic_save(checkpoint, out / "checkpoint.pt")
+        start += time.perf_counter() - pause  # images_per_s counts training time only
+
+    print0(f"{out} is at step {last_step}; next: python sample.py --ckpt {out}/checkpoint.pt")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(error_line(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

@@ -1,4 +1,4 @@
-"""The released numbers (tests/golden, commit a4d18c4), and its files: load, export, refuse."""
+"""The official code's numbers (tests/golden, commit a4d18c4), and its files: load, export, refuse."""
 
 import re
 
@@ -7,26 +7,13 @@ import torch
 import torch.nn.functional as F
 from conftest import gap, tokens
 
-from dit_dh import SIZES, DiTDH, flow_loss, load_released, sample, shift_time, time_grid
-from rae import (
-    DECODERS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    RAE,
-    Decoder,
-    Encoder,
-    build_encoder,
-    load_released_decoder,
-)
-from train_decoder import (
-    Discriminator,
-    ViTFeatures,
-    adaptive_weight,
-    diffaug,
-    generator_loss,
-    hinge_loss,
-)
+from dit_dh import SIZES, DiTDH, flow_loss, load_dit, sample, shift_time, time_grid
+from extras.to_official import to_official_names
+from rae import DECODERS, RAE, Decoder, Encoder, UsageError, load_decoder, load_encoder
+from train_decoder import Discriminator, ViTFeatures, adaptive_weight, diffaug, hinge_d_loss
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 KINDS = ["dinov2", "mae", "siglip"]
 
 
@@ -40,7 +27,7 @@ def golden_rae(g, **replaced):
     antialias = g["kind"] == "dinov2"
     encoder = Encoder(vit, g["encoder_input_size"], g["image_mean"], g["image_std"], antialias)
     state = g["decoder_state_dict"] | replaced
-    decoder = load_released_decoder(state, num_heads=g["decoder_config"]["heads"])
+    decoder = load_decoder({"ema": state, "num_heads": g["decoder_config"]["heads"]})
     return RAE(encoder, decoder, g["stat"]["mean"], g["stat"]["var"]).eval()
 
 
@@ -100,8 +87,8 @@ def test_positions_need_the_right_antialias(golden):
 
 def test_velocity(golden):
     g = golden["dit_dh"]
-    model = load_released(g["state_dict"])
-    guide = load_released(g["guide_state_dict"])
+    model = load_dit(g["state_dict"])
+    guide = load_dit(g["guide_state_dict"])
     x, t, y = inputs_of(g)
     null = torch.full_like(y, g["num_classes"])
     with torch.no_grad():
@@ -114,12 +101,12 @@ def test_velocity(golden):
 def test_guided_velocity(golden, kind):
     """One Euler step of length 1 takes x to x - v: the guided velocity at the golden times."""
     g = golden["dit_dh"]
-    model = load_released(g["state_dict"])
+    model = load_dit(g["state_dict"])
     if kind == "cfg":
         guidance = {"cfg_scale": g["scale"]}
     else:
-        guide = load_released(g["guide_state_dict"])
-        guidance = {"guide": guide, "guide_scale": g["scale"]}
+        guide = load_dit(g["guide_state_dict"])
+        guidance = {"guidance_model": guide, "guidance_scale": g["scale"]}
     for i, now in enumerate(g["t"].tolist()):
         x = tokens(g["x"])[i : i + 1]
         y = g["y"][i : i + 1]
@@ -130,7 +117,7 @@ def test_guided_velocity(golden, kind):
 
 def test_plain_dit(golden):
     g = golden["dit"]
-    model = load_released(g["state_dict"])
+    model = load_dit(g["state_dict"])
     assert not model.has_wide_head
     assert model.backbone_depth == 2
     x, t, y = inputs_of(g)
@@ -142,14 +129,14 @@ def test_plain_dit(golden):
 
 def test_samples(golden):
     g = golden["dit_dh"]
-    model = load_released(g["state_dict"])
-    guide = load_released(g["guide_state_dict"])
+    model = load_dit(g["state_dict"])
+    guide = load_dit(g["guide_state_dict"])
     timesteps = time_grid(g["num_steps"] - 1, g["shift"], t_last=0.001)  # the released grid
     assert gap(timesteps, g["t_grid"]) <= 1e-6
     for name, guidance in (
         ("sample", {}),
         ("sample_cfg", {"cfg_scale": g["scale"]}),
-        ("sample_autoguidance", {"guide": guide, "guide_scale": g["scale"]}),
+        ("sample_autoguidance", {"guidance_model": guide, "guidance_scale": g["scale"]}),
     ):
         z = sample(model, tokens(g["x"]), g["y"], timesteps, interval=g["interval"], **guidance)
         assert gap(z, tokens(g[name])) <= 1e-4, name
@@ -160,7 +147,7 @@ def test_loss(golden):
     drawn = g["loss_inputs"]
     t = drawn["t_before_shift"]
     assert gap(shift_time(t, g["shift"]), drawn["t_after_shift"]) <= 1e-6
-    model = load_released(g["state_dict"])
+    model = load_dit(g["state_dict"])
     z = tokens(drawn["data"])
     loss = flow_loss(model, z, drawn["y"], g["shift"], t, tokens(drawn["noise"]))
     assert gap(loss, g["loss_per_sample"]) <= 1e-5
@@ -232,10 +219,10 @@ def test_a_step_of_stage1(stage1):
     # The decoder's turn.
     discriminator.eval()
     last_layer = rae.decoder.decoder_pred.weight
-    reconstruction = rae.decode_tokens(g["tokens"])
+    reconstruction = rae.encoder.denormalize(rae.decoder(g["tokens"]))
     rec_loss = (reconstruction - g["images"]).abs().mean()
-    (logits,) = discriminator(features(reconstruction))
-    gan_loss = generator_loss(logits)
+    logits = discriminator(features(reconstruction))
+    gan_loss = -logits.mean()
     (g_rec,) = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)
     (g_gan,) = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)
     weight = adaptive_weight(g_rec, g_gan)
@@ -256,8 +243,9 @@ def test_a_step_of_stage1(stage1):
     discriminator.train()
     fake_features = features((g["fake"] + 1) / 2)
     real_features = features(g["images"])
-    logits_fake, logits_real = discriminator(fake_features, real_features)
-    d_loss = hinge_loss(logits_real, logits_fake)
+    logits_fake = discriminator(fake_features)
+    logits_real = discriminator(real_features)
+    d_loss = hinge_d_loss(logits_real, logits_fake)
     d_loss.backward()
     assert relative_gap(logits_fake, g["logits_fake"]) <= 1e-5
     assert relative_gap(logits_real, g["logits_real"]) <= 1e-5
@@ -281,7 +269,8 @@ def test_a_step_of_stage1(stage1):
 
 def test_diffaug_is_the_released_one(golden):
     g = golden["stage1"]
-    assert relative_gap(diffaug(g["diffaug_in"], g["diffaug_u"]), g["diffaug_out"]) <= 1e-5
+    images = (g["diffaug_in"] + 1) / 2  # the official function takes [-1, 1]
+    assert relative_gap(2 * diffaug(images, g["diffaug_u"]) - 1, g["diffaug_out"]) <= 1e-5
 
 
 # ---------------------------------------------------------------------------------------------
@@ -294,7 +283,7 @@ def test_positions_and_frequencies_are_loaded_not_recomputed(golden, name, key):
     g = golden[name]
     changed = g["state_dict"][key].clone()
     changed.view(-1)[3] += 0.5
-    model = load_released(g["state_dict"] | {key: changed})
+    model = load_dit(g["state_dict"] | {key: changed})
     with torch.no_grad():
         assert gap(model(*inputs_of(g)), tokens(g["velocity"])) > 1e-4
 
@@ -319,17 +308,17 @@ def assert_same_tensors(a, b):
 @pytest.mark.parametrize("name", ["dit_dh", "dit"])
 def test_export_is_the_released_file(golden, name):
     g = golden[name]
-    model = load_released(g["state_dict"])
+    model = load_dit(g["state_dict"])
     assert_same_tensors(model.state_dict(), g["state_dict"])
-    again = load_released(model.state_dict())
+    again = load_dit(model.state_dict())
     assert torch.equal(again(*inputs_of(g)), model(*inputs_of(g)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoder_export_is_the_released_file(golden, kind):
     state = golden["rae"][kind]["decoder_state_dict"]
-    decoder = load_released_decoder(state, num_heads=2)
-    assert_same_tensors(decoder.state_dict(), state)
+    decoder = load_decoder({"ema": state, "num_heads": 2})
+    assert_same_tensors(to_official_names(decoder.state_dict()), state)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +334,7 @@ def test_export_then_load_other_shapes(backbone, wide_head):
     model = DiTDH(20, 5, backbone, wide_head, num_classes=7).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    again = load_released(model.state_dict())
+    again = load_dit(model.state_dict())
     assert again.config == model.config
     inputs = (torch.randn(2, 25, 20), torch.rand(2), torch.tensor([0, 7]))
     assert torch.equal(again(*inputs), model(*inputs))
@@ -355,85 +344,71 @@ def test_a_checkpoint_brings_its_sizes():
     """A head as wide as the backbone, of three blocks: the shapes would be read as two."""
     model = DiTDH(20, 5, (24, 2, 2), (24, 3, 3), num_classes=7)
     state = model.state_dict()
-    again = load_released({"ema": state, "config": model.config})
+    again = load_dit({"ema": state, "config": model.config})
     assert again.config == model.config
     assert_same_tensors(again.state_dict(), state)
-    assert load_released(state).config["wide_head"] == (24, 2, 3)
+    assert load_dit(state).config["wide_head"] == (24, 2, 3)
 
 
 def test_decoder_shapes_are_read_from_the_file():
     decoder = Decoder(20, 6, 32, 40, 3, 5, 56)
     state = decoder.state_dict()
-    again = load_released_decoder(state, num_heads=5)
+    again = load_decoder({"ema": state, "num_heads": 5})
     assert (again.latent_dim, again.grid_size, again.patch_size) == (20, 6, 32)
     assert len(again.decoder_layers) == 3
     z = torch.randn(2, 36, 20)
     assert torch.equal(again(z), decoder(z))
-    assert torch.equal(load_released_decoder({"ema": state, "num_heads": 5})(z), decoder(z))
-    with pytest.raises(ValueError, match="width 40 is of no known size; pass num_heads"):
-        load_released_decoder(state)
 
 
 # ---------------------------------------------------------------------------------------------
 # Wrong files
 
 
-def assert_wrong_tensors_are_named(load, state):
-    """That load refuses a dict with a tensor missing, misshapen or too many, by its name."""
-    for name in state:
-        without = {other: tensor for other, tensor in state.items() if other != name}
-        with pytest.raises(ValueError, match=re.escape(name)):
-            load(without)
-    with pytest.raises(ValueError, match="Unexpected key.*more.weight"):
-        load(state | {"more.weight": torch.zeros(3)})
-
-
 def test_wrong_files_name_the_tensor(golden):
     for name in ("dit_dh", "dit"):
-        assert_wrong_tensors_are_named(load_released, golden[name]["state_dict"])
+        state = golden[name]["state_dict"]
+        # Norms tell how many blocks there are, and s_embedder that there is a head.
+        for key in state:
+            if not key.endswith("norm1.weight") and key != "s_embedder.proj.weight":
+                without = {other: tensor for other, tensor in state.items() if other != key}
+                with pytest.raises((KeyError, RuntimeError), match=re.escape(key)):
+                    load_dit(without)
     state = golden["dit_dh"]["state_dict"]
-    with pytest.raises(ValueError, match=r"mismatch for blocks.1.attn.qkv.weight.*72, 25"):
-        load_released(state | {"blocks.1.attn.qkv.weight": torch.zeros(72, 25)})
+    with pytest.raises(RuntimeError, match=r"mismatch for blocks.1.attn.qkv.weight.*72, 25"):
+        load_dit(state | {"blocks.1.attn.qkv.weight": torch.zeros(72, 25)})
 
 
 def test_wrong_decoder_files_name_the_tensor(golden):
-    def load(x):
-        return load_released_decoder(x, num_heads=2)
+    def load(state):
+        return load_decoder({"ema": state, "num_heads": 2})
 
-    state = golden["rae"]["mae"]["decoder_state_dict"]
-    assert_wrong_tensors_are_named(load, state)
-    with pytest.raises(ValueError, match=r"mismatch for decoder_layers.1.output.dense.*24, 41"):
-        load(state | {"decoder_layers.1.output.dense.weight": torch.zeros(24, 41)})
+    state = load(golden["rae"]["mae"]["decoder_state_dict"]).state_dict()
+    for key in state:
+        if not key.endswith("fc1.bias"):  # these tell how many layers there are
+            without = {other: tensor for other, tensor in state.items() if other != key}
+            with pytest.raises((KeyError, RuntimeError, UsageError), match=re.escape(key)):
+                load(without)
+    with pytest.raises(RuntimeError, match="Unexpected key.*more.weight"):
+        load(state | {"more.weight": torch.zeros(3)})
+    with pytest.raises(RuntimeError, match=r"mismatch for decoder_layers.1.fc2.*24, 41"):
+        load(state | {"decoder_layers.1.fc2.weight": torch.zeros(24, 41)})
 
 
 def test_models_and_decoders_are_told_apart(golden):
-    with pytest.raises(ValueError, match="an RAE decoder, not a diffusion model"):
-        load_released(golden["rae"]["mae"]["decoder_state_dict"])
-    with pytest.raises(ValueError, match="a diffusion model, not an RAE decoder"):
-        load_released_decoder(golden["dit_dh"]["state_dict"], num_heads=2)
-
-
-@pytest.mark.parametrize("name, num_heads", [("dit_dh", (2, 2)), ("dit", (2, None))])
-def test_files_without_rotary_tables_need_num_heads(golden, name, num_heads):
-    state = golden[name]["state_dict"]
-    bare = {key: tensor for key, tensor in state.items() if "rope" not in key}
-    with pytest.raises(ValueError, match="rope.freqs_cos is missing; pass num_heads"):
-        load_released(bare)
-    again = load_released(bare, num_heads=num_heads)
-    assert again.config == load_released(state).config
-    assert_same_tensors(again.state_dict(), state)
+    with pytest.raises(UsageError, match="not an RAE decoder"):
+        load_decoder(golden["dit_dh"]["state_dict"])
 
 
 def test_parts_that_do_not_fit(golden):
     rae = golden_rae(golden["rae"]["mae"])  # 3 x 3 tokens of 24 channels
-    with pytest.raises(ValueError, match=r"statistics mean have shape \(24, 4, 4\)"):
-        RAE(rae.encoder, rae.decoder, torch.zeros(24, 4, 4), torch.ones(24, 4, 4))
-    with pytest.raises(ValueError, match=r"statistics std have shape \(24, 4, 4\)"):
-        RAE(rae.encoder, rae.decoder, torch.zeros(24, 3, 3), torch.ones(24, 4, 4))
-    with pytest.raises(ValueError, match="channels 20 and 24"):
-        RAE(rae.encoder, Decoder(20, 3, 16, 24, 1, 2, 40))
-    with pytest.raises(ValueError, match="grid 4 and 3"):
-        RAE(rae.encoder, Decoder(24, 4, 16, 24, 1, 2, 40))
+    mean = torch.zeros(24, 3, 3)
+    for decoder, var in (
+        (rae.decoder, torch.ones(24, 4, 4)),
+        (Decoder(20, 3, 16, 24, 1, 2, 40), mean),
+        (Decoder(24, 4, 16, 24, 1, 2, 40), mean),
+    ):
+        with pytest.raises(UsageError, match="different latents"):
+            RAE(rae.encoder, decoder, mean, var)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -480,7 +455,7 @@ def test_wide_heads_of_every_size(size):
     ],
 )
 def test_encoders_at_full_size(name, latent_dim, monkeypatch):
-    """Random weights: the shapes at 256 and 512 px, frozen under train(), affine-free last norm."""
+    """Random weights: the shapes at 256 and 512 px, frozen, affine-free last norm."""
     import timm
 
     create_model = timm.create_model
@@ -490,8 +465,7 @@ def test_encoders_at_full_size(name, latent_dim, monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", without_download)
     for size, num_tokens in ((256, 256), (512, 1024)):
-        encoder = build_encoder(name, size).train()
-        assert not encoder.training
+        encoder = load_encoder(name, size)
         assert not encoder.vit.training
         assert not any(p.requires_grad for p in encoder.parameters())
         assert encoder.vit.norm.weight is None

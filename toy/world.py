@@ -13,23 +13,18 @@ class ToyShapes:
     def __init__(self, split="train", size=32):
         self.images, self.labels = toy_images(*TOY[split], size)
         self.classes = list(SHAPES)
+        self.fingerprint = hashlib.sha256(self.images.tobytes()).hexdigest()[:16]
 
     def __len__(self):
         return len(self.labels)
 
-    def __getitem__(self, index):
-        return self.load(index)
+    def __getitem__(self, i):
+        """Image i as (3, size, size) uint8."""
+        return self.images[i]
 
-    def load(self, index, rng=None, flip=False):
-        """Image number `index` as (3, size, size) uint8."""
-        image = self.images[index]
-        if flip:
-            image = image[:, :, ::-1]
-        return image
-
-    def fingerprint(self):
-        """A hash of the images."""
-        return hashlib.sha256(self.images.tobytes()).hexdigest()[:16]
+    def load(self, i, generator, flip):
+        """Image i for training, mirrored if flip. (Nothing is cropped.)"""
+        return self.images[i][:, :, ::-1] if flip else self.images[i]
 
 
 # ---------------------------------------------------------------------------------------------
