@@ -1,17 +1,19 @@
 """DiT^DH, a diffusion transformer for high-dimensional latents (arXiv 2510.11690, sections 4, 5).
 
-    model = DiTDH(128, 4, backbone=(96, 5, 3), wide_head=(192, 1, 4), num_classes=10)
+    model = DiTDH(768, 16, backbone=SIZES["XL"], wide_head=(2048, 2, 16), num_classes=1000)
     alpha = shift_alpha(num_tokens=256, latent_dim=768)
-    loss = flow_loss(model, z, y, alpha).mean()  # z (B, N, C), y (B,)
+    loss = flow_loss(model, z, y, alpha).mean()  # z (B, N, C); y (B,), 10% of it the null label
     z = sample(model, noise, y, time_grid(50, alpha), cfg_scale=1.5)  # noise (B, N, C) -> (B, N, C)
 
 A token of a representation encoder has hundreds of channels, and a transformer narrower than that
-cannot predict the noise in it (Theorem 1). Making the whole DiT that wide is expensive. DiT^DH
-instead reads the noisy latent twice: a deep, narrow backbone turns it into one condition per token,
-and a shallow head, at least as wide as a token, predicts the velocity under that condition.
+cannot predict the noise in it (Theorem 1). Making the whole DiT that wide is expensive. DiT^DH, a
+DiT with a DDT head (decoupled diffusion transformer), instead feeds the noisy latent to two
+networks: a deep, narrow backbone computes one conditioning vector per token, and a shallow head, at
+least as wide as a token, predicts the velocity from the noisy latent and these vectors.
 
-B batch, N tokens, C latent channels, D width, d head dim; z clean latent, eps noise, y label,
-t time from 0 (data) to 1 (noise), v velocity. This file depends on torch alone: copy it anywhere.
+Letters: B batch, N tokens, C latent channels, D width (D_head in the head), d head dim; z clean
+latent, normalized; eps noise; t time from 0 (data) to 1 (noise); v velocity; y label. This file
+depends on torch alone: copy it anywhere. For bfloat16 use autocast, with float32 parameters.
 """
 
 import math
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Table 13: (width, depth, num_heads). The paper's DDT head takes its width from G: (2048, 2, 16).
+# Table 13: (width, depth, num_heads). The paper's DDT head has two blocks of G's width, 2048.
 SIZES = {
     "S": (384, 12, 6),
     "B": (768, 12, 12),
@@ -116,7 +118,7 @@ class Attention(nn.Module):
     def forward(self, x, rope):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, num_heads, d)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, num_heads, N, d)
-        q, k = rope(qkv[:2]).to(qkv.dtype)  # under autocast, back from RoPE's float32 to bfloat16
+        q, k = rope(qkv[:2]).to(qkv.dtype)  # RoPE promotes to float32; cast back for autocast
         x = F.scaled_dot_product_attention(q, k, qkv[2])  # (B, num_heads, N, d)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
@@ -136,6 +138,7 @@ class SwiGLU(nn.Module):
 
 
 def modulate(x, shift, scale):
+    """Apply the shift and scale of adaLN to a normalized x."""
     return x * (1 + scale) + shift
 
 
@@ -198,7 +201,7 @@ class DiTDH(nn.Module):
         self.has_wide_head = wide_head is not None
         self.checkpoint_activations = False  # True: recompute blocks in backward to save memory
 
-        # To this code, a plain DiT has a head with the backbone's width and no blocks.
+        # Treat the plain DiT as one with a head of zero blocks, as wide as the backbone.
         width, depth, num_heads = backbone
         head_width, head_depth, head_num_heads = wide_head or (width, 0, num_heads)
         if width % (4 * num_heads) != 0 or head_width % (4 * head_num_heads) != 0:
@@ -206,9 +209,9 @@ class DiTDH(nn.Module):
                 f"backbone {backbone}, head {wide_head}: head dim must be a multiple of 4"
             )
 
-        # Checkpoint names: s_ and enc_ mean the backbone, x_ and dec_ the head. pos_embed and
-        # t_embedder.W look frozen in the official module, but its train.py calls
-        # requires_grad_(True) on the whole model. So both are trained, here too.
+        # In checkpoint names, s_ and enc_ stand for the backbone, x_ and dec_ for the head.
+        # pos_embed and t_embedder.W are trained: the official module marks them as frozen, but its
+        # train.py calls requires_grad_(True) on the whole model.
         self.pos_embed = nn.Parameter(sincos_2d(width, grid_size)[None])  # (1, N, D)
         self.t_embedder = TimeEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
@@ -231,8 +234,10 @@ class DiTDH(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self):
-        # The plain DiT draws every matrix Xavier-uniform, like the original DiT. The official
-        # DiT^DH does so for the two token embedders (Conv2d) only and leaves the rest to torch.
+        """Initialize like the official models, which start by predicting zero."""
+        # Xavier-uniform for all linear layers of the plain DiT, like the original DiT. In the
+        # official DiT^DH it is for the token embedders (Conv2d) only; the rest keeps PyTorch's
+        # default. Some layers are overwritten below.
         for module in self.modules():
             plain_linear = isinstance(module, nn.Linear) and not self.has_wide_head
             if isinstance(module, nn.Conv2d) or plain_linear:
@@ -243,15 +248,17 @@ class DiTDH(nn.Module):
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
 
-        # Zero gates make every block the identity; a zero last layer predicts v = 0, its mean.
+        # adaLN-zero: all blocks start as the identity, and the model predicts v = 0.
         zeroed = [layer.adaLN_modulation[1] for layer in [*self.blocks, self.final_layer]]
         for linear in [*zeroed, self.final_layer.linear]:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     def run_blocks(self, blocks, x, c, rope):
+        """Run x (B, N, D) through some blocks, all with the same condition."""
         for block in blocks:
             if self.checkpoint_activations:
+                # Blocks have no dropout, so there is no random state to preserve.
                 x = checkpoint(block, x, c, rope, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, c, rope)
@@ -272,13 +279,13 @@ class DiTDH(nn.Module):
         backbone_blocks = self.blocks[: self.backbone_depth]
         s = self.s_embedder(x_t) + self.pos_embed  # (B, N, D)
         s = self.run_blocks(backbone_blocks, s, F.silu(c), self.enc_feat_rope)  # (B, N, D)
-        s = self.s_projector(F.silu(s + t_emb))  # (B, N, D of the head)
+        s = self.s_projector(F.silu(s + t_emb))  # (B, N, D_head)
 
-        # Head: predict the velocity from the noisy latent, under s. It needs no position
-        # embedding, since s carries the positions and RoPE adds them to the attention.
+        # Head: predict the velocity from the noisy latent, conditioned on s. It needs no position
+        # embedding: s already encodes the positions, and RoPE adds them in attention.
         head_blocks = self.blocks[self.backbone_depth :]
         x = self.x_embedder(x_t).float()  # float32 residual stream, even under autocast
-        x = self.run_blocks(head_blocks, x, s, self.dec_feat_rope)  # (B, N, D of the head)
+        x = self.run_blocks(head_blocks, x, s, self.dec_feat_rope)  # (B, N, D_head)
         return self.final_layer(x, s)  # (B, N, C)
 
 
@@ -289,9 +296,9 @@ class DiTDH(nn.Module):
 def shift_alpha(num_tokens, latent_dim):
     """Schedule shift alpha = sqrt(N C / 4096) (section 4.2).
 
-    The noise in each of the N C numbers is independent, but the image shows in many of them at
-    once. So the larger the latent, the less the same t hides. The shift compensates by moving t
-    towards the noise. For latents of fewer than 4096 numbers alpha is 1, which is our choice.
+    Noise is independent across the N C numbers of a latent, while the image is redundant. At the
+    same t, more of the image therefore survives the noise in a larger latent, and the shift moves t
+    towards noise to compensate. (alpha = 1 below 4096 numbers is our choice.)
     """
     return max(1.0, math.sqrt(num_tokens * latent_dim / 4096))
 
@@ -305,7 +312,7 @@ def draw_time(n, dist="logit-normal", generator=None, device=None):
     """Draw n training times (n,), before the shift.
 
     "logit-normal" is the sigmoid of a standard normal, as in the official training configs.
-    "uniform", from the first release, is bounded by 0.999; a logit-normal draw does not get there.
+    "uniform" is U(0, 0.999), as in the first release.
     """
     if dist == "uniform":
         return 0.999 * torch.rand(n, generator=generator, device=device)
@@ -315,8 +322,9 @@ def draw_time(n, dist="logit-normal", generator=None, device=None):
 def flow_loss(model, z, y, alpha, t=None, eps=None):
     """Flow-matching loss (appendix J) per image (B,): the mean of (v_hat - v)^2.
 
-    z (B, N, C) are clean latents, y (B,) labels. t (B,), before the shift by alpha, and
-    eps (B, N, C) are drawn unless given.
+    z (B, N, C) are clean latents and y (B,) labels; for classifier-free guidance, the caller
+    replaces some labels by the null label. t (B,), before the shift, and eps (B, N, C) are drawn
+    unless given.
     """
     if t is None:
         t = draw_time(len(z), device=z.device)
@@ -347,7 +355,7 @@ def sample(
     timesteps,
     cfg_scale=1.0,
     guidance_model=None,
-    guidance_scale=1.0,
+    guidance_scale=1.5,
     interval=(0.0, 1.0),
 ):
     """Integrate dx/dt = v by Euler steps: noise (B, N, C) at timesteps[0] -> latents (B, N, C).
@@ -358,21 +366,21 @@ def sample(
         AutoGuidance:       v = v_weak + guidance_scale (v - v_weak)
 
     v_null is the prediction for the null label, v_weak that of guidance_model, which is smaller or
-    less trained. Guidance acts only at timesteps inside `interval`. A scale of 1 means none.
-    ValueError if both kinds are asked for.
+    less trained. A scale of 1 disables guidance. It acts only at (shifted) timesteps inside
+    `interval`. ValueError if both kinds are requested.
     """
     use_cfg = cfg_scale != 1.0
     use_autoguidance = guidance_model is not None and guidance_scale != 1.0
     if use_cfg and use_autoguidance:
         raise ValueError("use either cfg_scale or guidance_model, not both")
 
-    y_null = torch.full_like(y, model.num_classes)  # (B,)
     x = noise  # (B, N, C)
     for t_now, t_next in zip(timesteps[:-1].tolist(), timesteps[1:].tolist()):
         t = torch.full((len(x),), t_now, device=x.device)  # (B,)
         in_interval = interval[0] <= t_now <= interval[1]
         if use_cfg and in_interval:
             # One batch of 2 B is faster than two calls.
+            y_null = torch.full_like(y, model.num_classes)  # (B,)
             both = model(x.repeat(2, 1, 1), t.repeat(2), torch.cat([y, y_null])).float()
             v, v_null = both.chunk(2)
             v = v_null + cfg_scale * (v - v_null)
@@ -389,17 +397,17 @@ def sample(
 # Checkpoints
 
 
-def load_dit(checkpoint):
+def load_dit(file):
     """Build a DiTDH in eval mode and load its (EMA) weights.
 
-    checkpoint is a path or a loaded dict: a checkpoint of train_diffusion.py, with "ema" and
-    "config", or a state dict with the official names, whose sizes are read from tensor shapes.
-    torch's RuntimeError names missing, unexpected and misshapen tensors.
+    file is a path or a loaded dict: a checkpoint of train_diffusion.py, with "ema" and "config", or
+    an official state dict, whose sizes are read from tensor shapes. torch's RuntimeError names
+    missing, unexpected and misshapen tensors.
     """
-    if not isinstance(checkpoint, dict):
-        checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    state = checkpoint.get("ema", checkpoint)
-    model = DiTDH(**(checkpoint.get("config") or read_config(state)))
+    if not isinstance(file, dict):
+        file = torch.load(file, map_location="cpu", weights_only=True)
+    state = file.get("ema", file)
+    model = DiTDH(**(file.get("config") or read_config(state)))
     model.load_state_dict(state)
     return model.eval()
 
@@ -413,7 +421,7 @@ def read_config(state):
     wide_head = None
     rope_table = "feat_rope.freqs_cos"  # (N, head_dim)
     if "s_embedder.proj.weight" in state:
-        # Official heads have two blocks; shapes don't tell if the backbone is equally wide.
+        # Shapes can't separate an equally wide backbone and head. Official heads have two blocks.
         head_depth = block_widths.count(head_width) if head_width != width else 2
         head_dim = state["dec_feat_rope.freqs_cos"].shape[1]
         wide_head = (head_width, head_depth, head_width // head_dim)

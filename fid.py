@@ -9,14 +9,13 @@ The first command needs no download: it prints a distance in the toy encoder's f
 
 Samples and reference are each a folder of images or an .npz with images (arr_0, uint8,
 (N, H, W, 3)), statistics (mu and sigma; mu_s and sigma_s for sFID) or both, as in ADM's reference
-files. Features and scores equal those of the packages pytorch-fid and torch-fidelity. Papers on
-ImageNet report the numbers of ADM's TensorFlow suite (Dhariwal and Nichol 2021), which this program
-stands in for; it was not compared with it here.
+files. Papers on ImageNet report the numbers of ADM's TensorFlow suite (Dhariwal and Nichol 2021).
+This script reimplements that suite, but was not checked against it. Features and FID match the
+packages pytorch-fid (with --mode pytorch-fid) and torch-fidelity (with --mode adm).
 """
 
 import argparse
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +25,27 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
-import rae
+from rae import (
+    UsageError,
+    available_devices,
+    center_crop,
+    get_rank,
+    hash_tensors,
+    list_images,
+    load,
+    load_encoder,
+    open_image,
+    positive_int,
+    print0,
+    progress,
+    rank_batches,
+    run_script,
+    setup_distributed,
+)
 from toy.world import ToyShapes
 
-# What each metric needs to know of a set of images. Files can hold the first two.
+# What each metric is computed from. Only the statistics of fid and sfid can be saved to a file.
 METRICS = {
     "fid": ("mu", "sigma"),
     "sfid": ("mu_s", "sigma_s"),
@@ -42,9 +56,9 @@ METRICS = {
 # ---------------------------------------------------------------------------------------------
 # The Inception network
 #
-# FID is defined by one network: the 2015 Inception in TensorFlow, with its weights. timm's
-# inception_v3 has the same layers and names, except for the pools, and so has torchvision's.
-# Their own weights and pools would give other numbers than everybody's.
+# FID is defined by one network, the 2015 Inception in TensorFlow with its weights. Layers and names
+# are those of torchvision's and timm's inception_v3, but the pools differ. With other pools or
+# weights, numbers can't be compared with published ones.
 
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -53,10 +67,12 @@ INCEPTION_URL = (
 
 
 def average_pool(x):
+    """The mean of each 3 x 3 neighborhood, without the padding."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def max_pool(x):
+    """The maximum of each 3 x 3 neighborhood."""
     return F.max_pool2d(x, 3, stride=1, padding=1)
 
 
@@ -82,13 +98,18 @@ class Inception(nn.Module):
         self.eval()
 
     def replace_pool(self, name, pool):
-        """Let the block's pooling branch continue from pool(x) instead of timm's average pool."""
+        """Feed pool(x) to the block's pooling branch.
+
+        timm pools by a function call inside the block, so there is no module to replace: hooks
+        keep the block's input x, and swap what the branch gets.
+        """
         block = self.net.get_submodule(name)
         kept = {}
         block.register_forward_pre_hook(lambda module, args: kept.update(x=args[0]))
         block.branch_pool.register_forward_pre_hook(lambda module, args: (pool(kept["x"]),))
 
     def keep_spatial(self, module, args, output):
+        """Forward hook of Mixed_6d."""
         self.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
 
     def forward(self, x):
@@ -103,7 +124,7 @@ class Inception(nn.Module):
 def resize_last(x, size):
     """Linear interpolation of the last dimension as in TensorFlow 1: (..., n) -> (..., size).
 
-    Output i is read at i n / size. Newer code reads at (i + 1/2) n / size - 1/2, which alone
+    Output i is read at i n / size, not at (i + 1/2) n / size - 1/2 as in newer code. This detail
     changes FID.
     """
     n = x.shape[-1]
@@ -115,10 +136,10 @@ def resize_last(x, size):
 
 
 def preprocess(images, mode):
-    """Images (B, 3, H, W) uint8 -> (B, 3, 299, 299) for Inception.
+    """Images (B, 3, H, W) with values 0 to 255 -> (B, 3, 299, 299) for Inception.
 
     Mode "adm" is TensorFlow's resize, then (x - 128) / 128; "pytorch-fid" is torch's resize, then
-    x / 127.5 - 1. Numbers of the two modes can't be compared.
+    x / 127.5 - 1. Numbers of different modes can't be compared.
     """
     if mode == "adm":
         x = resize_last(images.float(), 299)  # (B, 3, H, 299)
@@ -133,86 +154,87 @@ def preprocess(images, mode):
 
 
 def download_weights(url, file_name, flag):
-    """Download weights once. The start of their sha256 is in the name, and is checked."""
+    """Download weights once. file_name contains the start of their sha256, which is checked."""
     try:
         return torch.hub.load_state_dict_from_url(
             url, file_name=file_name, check_hash=True, map_location="cpu", weights_only=True
         )
     except (OSError, RuntimeError) as error:
-        raise rae.UsageError(f"cannot download {url} ({error}); pass {flag} FILE") from error
+        raise UsageError(f"cannot download {url} ({error}); pass {flag} FILE") from error
 
 
 class InceptionFeatures:
-    """Images (B, 3, H, W) uint8, or a list of (3, H, W) -> pool3 (B, 2048), spatial (B, 2023)."""
+    """A list of images (3, H, W) uint8 -> pool3 (B, 2048), spatial (B, 2023)."""
 
     def __init__(self, weights, mode, device):
         if weights:
-            state_dict = rae.load(weights)
+            state_dict = load(weights)
         else:
             state_dict = download_weights(INCEPTION_URL, Path(INCEPTION_URL).name, "--weights")
         self.network = Inception(state_dict).to(device)
         self.mode = mode
-        self.label = f"{mode}, inception {rae.hash_tensors(state_dict.values())}"
+        self.label = f"{mode}, inception {hash_tensors(state_dict.values())}"
 
     def __call__(self, images):
-        if isinstance(images, list):
-            x = torch.cat([preprocess(image[None], self.mode) for image in images])
-        else:
-            x = preprocess(images, self.mode)
-        return self.network(x)
+        # One by one, since sizes may differ before the resize.
+        x = [preprocess(image[None], self.mode) for image in images]
+        return self.network(torch.cat(x))
 
 
 class EncoderFeatures:
-    """Images (B, 3, H, W) uint8 -> the mean token (B, C) of an encoder of rae.py."""
+    """A list of images (3, H, W) uint8 -> the mean token (B, C) of an encoder of rae.py."""
 
     def __init__(self, name, device):
         self.name = name
         self.device = device
         self.encoder = None  # built for the size of the first images
+        self.label = None
 
     def __call__(self, images):
-        if isinstance(images, list):
-            raise rae.UsageError("encoder features need images of one size; pass --crop")
+        if len({image.shape for image in images}) > 1:
+            raise UsageError("encoder features need images of one size; pass --crop")
+        images = torch.stack(images).float() / 255  # (B, 3, H, W)
         if self.encoder is None:
-            self.encoder = rae.load_encoder(self.name, images.shape[-1]).to(self.device)
-            digest = rae.hash_tensors(self.encoder.vit.blocks.state_dict().values())
+            self.encoder = load_encoder(self.name, images.shape[-1]).to(self.device)
+            digest = hash_tensors(self.encoder.vit.blocks.state_dict().values())
             self.label = f"encoder {self.name} {digest}"
-        return (self.encoder(images.float() / 255).mean(dim=1),)
+        return (self.encoder(images).mean(dim=1),)
 
 
 def read_npz(path):
     """The arrays of an .npz, as a dict."""
     if not os.path.isfile(path):
-        raise rae.UsageError(f"{path}: no such file; run sample.py first, or name both sides")
+        raise UsageError(f"{path}: no such file; run sample.py first, or name both sides")
     try:
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise rae.UsageError(f"{path}: not a readable .npz ({error})") from error
+    except Exception as error:  # numpy raises half a dozen types for damaged and other files
+        raise UsageError(f"{path}: not a readable .npz ({error})") from error
 
 
-def open_images(source, file, num):
+def open_images(source, arrays, num):
     """The first num images of a source: paths, or an array (N, H, W, 3) uint8."""
     if source == "toy":
         images = ToyShapes("val").images.transpose(0, 2, 3, 1)
     elif source.endswith(".npz"):
-        images = file.get("arr_0", np.zeros(0))
+        images = arrays.get("arr_0", np.zeros(0))
         if images.dtype != np.uint8 or images.shape[3:] != (3,):
-            raise rae.UsageError(f"{source}: has no images (arr_0, uint8, (N, H, W, 3))")
+            raise UsageError(f"{source}: has no images (arr_0, uint8, (N, H, W, 3))")
     else:
-        images = rae.list_images(source)
-        if any(path.lower().endswith((".jpg", ".jpeg")) for path in images):
-            rae.print0(f"{source}: has JPEG files, which as samples raise FID by several points")
+        images = list_images(source)
     if len(images[:num]) < 2:
-        raise rae.UsageError(f"{source}: needs at least two images")
+        raise UsageError(f"{source}: needs at least two images")
     return images[:num]
 
 
 def read_image(image, crop):
     """A path or an array (H, W, 3) -> (3, H, W) uint8; crop: the side of ADM's center crop."""
-    image = rae.open_image(image) if isinstance(image, str) else Image.fromarray(image)
+    if isinstance(image, str):
+        image = open_image(image)
+    else:
+        image = Image.fromarray(image)
     if crop:
-        image = rae.center_crop(image, crop)
+        image = center_crop(image, crop)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -223,17 +245,14 @@ def extract_features(images, features, crop, batch_size, device):
     Ranks take batches in turn, and rank 0 gets everything. The batches, and so rounding, are the
     same for any world size.
     """
-    first = read_image(images[0], crop).to(device)
-    outputs = [torch.zeros(len(images), x.shape[1]) for x in features(first[None])]
-    hide = rae.get_rank() > 0 or None
-    for batch in tqdm(rae.rank_batches(len(images), batch_size), "features", disable=hide):
+    first = read_image(images[0], crop).to(device)  # to learn the sizes of features
+    outputs = [torch.zeros(len(images), x.shape[1]) for x in features([first])]
+    for batch in progress(rank_batches(len(images), batch_size), "features"):
         pixels = [read_image(images[i], crop).to(device) for i in batch]
-        if len({image.shape for image in pixels}) == 1:
-            pixels = torch.stack(pixels)
         for output, x in zip(outputs, features(pixels)):
             output[batch.start : batch.stop] = x.cpu()
 
-    # Each row is zero on all ranks but one.
+    # A row is zero on all ranks but one.
     if dist.is_initialized():
         for i, output in enumerate(outputs):
             output = output.to(device)
@@ -243,38 +262,42 @@ def extract_features(images, features, crop, batch_size, device):
 
 
 def load_statistics(source, metrics, features, args, device):
-    """What the metrics need to know of one side: from its file, or else from its images.
+    """What the metrics are computed from: read from the source's file, or else from its images.
 
-    A dict with the names in METRICS, and of the images their number n, the size of the first one
-    and a label, which says what features the numbers come from.
+    A dict with the names in METRICS, the number n of images, the size of the first one, and a label
+    naming preprocessing and network. On ranks other than 0 it is incomplete.
     """
-    side = {}
+    arrays = {}
     if source.endswith(".npz"):
-        side = read_npz(source)
-    if args.save:  # only from images
-        side = {"arr_0": side.get("arr_0", np.zeros(0))}
-    missing = [m for m in metrics if not all(name in side for name in METRICS[m])]
+        arrays = read_npz(source)
+    if args.save:  # saved statistics come from images only
+        arrays = {name: arrays[name] for name in arrays if name == "arr_0"}
+    has_statistics = "mu" in arrays or "mu_s" in arrays
+    if has_statistics and "label" not in arrays:  # ADM's files, pytorch-fid's
+        arrays["label"] = features.label or "inception"
+        print0(f"{source} does not record its features; assuming {arrays['label']}")
+    missing = [m for m in metrics if not arrays.keys() >= set(METRICS[m])]
     if not missing:
-        if "label" not in side:
-            rae.print0(f"{source} does not say where its numbers come from; assuming --mode's")
-        return side
+        return arrays
+    if has_statistics and str(arrays["label"]) != features.label:
+        raise UsageError(f"{source} has features {arrays['label']}, not {features.label}")
 
-    images = open_images(source, side, args.num)
+    images = open_images(source, arrays, args.num)
     height, width = read_image(images[0], args.crop).shape[1:]
     outputs = extract_features(images, features, args.crop, args.batch_size, device)
-    computed = {"label": features.label, "n": len(images), "size": f"{width}x{height}"}
-    if str(side.get("label", features.label)) != features.label:
-        raise rae.UsageError(f"{source}: statistics of {side['label']}, not of {features.label}")
+    arrays |= {"label": features.label, "n": len(images), "size": f"{width}x{height}"}
+    if get_rank() > 0:
+        return arrays
     if "fid" in missing:
-        computed["mu"], computed["sigma"] = mean_and_covariance(outputs[0])
+        arrays["mu"], arrays["sigma"] = mean_and_covariance(outputs[0])
     if "sfid" in missing:
-        computed["mu_s"], computed["sigma_s"] = mean_and_covariance(outputs[1])
+        arrays["mu_s"], arrays["sigma_s"] = mean_and_covariance(outputs[1])
     if "is" in missing:
         logits = features.network.logits(outputs[0].to(device))  # (n, 1008)
-        computed["inception_score"] = inception_score(logits.cpu())
+        arrays["inception_score"] = inception_score(logits.cpu())
     if "pr" in missing:
-        computed["pool3"] = outputs[0]
-    return side | computed
+        arrays["pool3"] = outputs[0]
+    return arrays
 
 
 # ---------------------------------------------------------------------------------------------
@@ -283,13 +306,8 @@ def load_statistics(source, metrics, features, args, device):
 
 def mean_and_covariance(features):
     """Mean (D,) and unbiased covariance (D, D) of features (n, D), in float64."""
-    features = np.asarray(features)
-    mean = features.mean(axis=0, dtype=np.float64)  # (D,)
-    covariance = np.zeros((len(mean), len(mean)))
-    for start in range(0, len(features), 1000):  # all of 50,000 in float64 would take 0.8 GB
-        centered = features[start : start + 1000] - mean  # (b, D)
-        covariance += centered.T @ centered
-    return mean, covariance / (len(features) - 1)
+    features = np.asarray(features, dtype=np.float64)
+    return features.mean(axis=0), np.cov(features, rowvar=False)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -298,14 +316,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 sqrt(sigma1 sigma2)): FID for pool3 features (Heusel et
     al. 2017), sFID for spatial ones.
     """
-    # The trace of a matrix square root is the sum of the square roots of the eigenvalues. Those of
-    # sigma1 sigma2 are real and not negative; rounding can make them slightly negative or complex,
-    # and the real part of the root drops that. scipy's sqrtm is slow and turns complex for singular
-    # products, that is with fewer images than features; there, eigh of the symmetric form
-    # sqrt(sigma1) sigma2 sqrt(sigma1) is off by 1e-4.
+    # The trace of a matrix square root is the sum of the square roots of the eigenvalues, which are
+    # real and at least 0 for sigma1 sigma2. Rounding can make some slightly negative or complex, so
+    # keep the real part. scipy's sqrtm is slow, and complex with fewer images than features. In
+    # that case eigh of sqrt(sigma1) sigma2 sqrt(sigma1) is off by 1e-4.
     eigenvalues = scipy.linalg.eigvals(sigma1 @ sigma2)
     trace_of_root = np.sqrt(eigenvalues).real.sum()
-    difference = mu1 - mu2
+    difference = mu1 - mu2  # (D,)
     return float(difference @ difference + np.trace(sigma1 + sigma2) - 2 * trace_of_root)
 
 
@@ -318,19 +335,10 @@ def inception_score(logits):
     scores = []
     for chunk in torch.as_tensor(logits).split(5000):
         p = chunk.double().softmax(dim=1)  # p(y | x), (5000, 1008)
-        entropy_of_mean = torch.special.entr(p.mean(dim=0)).sum()
-        mean_of_entropy = torch.special.entr(p).sum(dim=1).mean()
+        entropy_of_mean = torch.special.entr(p.mean(dim=0)).sum()  # H(p(y))
+        mean_of_entropy = torch.special.entr(p).sum(dim=1).mean()  # mean H(p(y | x))
         scores.append((entropy_of_mean - mean_of_entropy).exp())
-    return torch.stack(scores).mean().item()
-
-
-def distances(rows, features):
-    """Distances (b, n) of rows (b, D) to features (n, D).
-
-    In float64: cdist computes |a|^2 + |b|^2 - 2 a b, where float32 loses most digits.
-    """
-    blocks = [torch.cdist(rows.double(), block.double()) for block in features.split(500)]
-    return torch.cat(blocks, dim=1)
+    return torch.stack(scores).mean().item()  # over the chunks
 
 
 def knn_radii(features, k=3):
@@ -338,8 +346,8 @@ def knn_radii(features, k=3):
     radii = []
     for rows in features.split(500):
         # The nearest one is the image itself.
-        nearest = distances(rows, features).topk(min(k + 1, len(features)), largest=False).values
-        radii.append(nearest[:, -1])
+        nearest = torch.cdist(rows, features).topk(min(k + 1, len(features)), largest=False)
+        radii.append(nearest.values[:, -1])
     return torch.cat(radii)
 
 
@@ -349,12 +357,14 @@ def precision_recall(samples, references):
     Every image has a ball that reaches to its third neighbor in its own set. Precision is the share
     of samples inside any reference's ball, recall the share of references inside any sample's.
     """
+    samples = samples.double()  # cdist computes |a|^2 + |b|^2 - 2 a b, which cancels in float32
+    references = references.double()
     sample_radii = knn_radii(samples)  # (n,)
     reference_radii = knn_radii(references)  # (m,)
     precise = []
     recalled = torch.zeros(len(references), dtype=torch.bool, device=references.device)
     for rows, radii in zip(samples.split(500), sample_radii.split(500)):
-        d = distances(rows, references)  # (b, m)
+        d = torch.cdist(rows, references)  # (b, m)
         precise.append((d <= reference_radii).any(dim=1))  # (b,)
         recalled |= (d <= radii[:, None]).any(dim=0)  # (m,)
     return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
@@ -372,80 +382,84 @@ def get_args():
     )
     p.add_argument("samples", nargs="?", default="out/samples.npz", help="folder or .npz")
     p.add_argument("reference", nargs="?", default="toy", help="folder, .npz or toy")
-    p.add_argument("--num", type=rae.positive_int, help="use only the first images of each side")
-    p.add_argument("--crop", type=rae.positive_int, help="side of ADM's center crop")
+    p.add_argument("--num", type=positive_int, help="use only the first images of a source")
+    p.add_argument("--crop", type=positive_int, help="side of ADM's center crop of images")
     p.add_argument("--save", help="write the statistics of SAMPLES to this .npz and stop")
     p.add_argument("--metrics", default="fid", help="any of fid,sfid,is,pr")
     p.add_argument("--features", help="inception or encoder:NAME (default for toy: encoder:toy)")
     p.add_argument("--weights", help="local file of the 2015 Inception weights")
     p.add_argument("--mode", choices=["adm", "pytorch-fid"], default="adm", help="preprocessing")
-    p.add_argument("--batch-size", type=rae.positive_int, default=64)
-    p.add_argument("--device", choices=rae.available_devices(), default=rae.available_devices()[0])
+    p.add_argument("--batch-size", type=positive_int, default=64)
+    p.add_argument("--device", choices=available_devices(), default=available_devices()[0])
     return p.parse_args()
 
 
 def main():
     args = get_args()
     args.precision = "fp32"  # no TF32 either: features should not depend on the GPU
-    rank, _, device, _ = rae.setup_distributed(args)
+    rank, _, device, _ = setup_distributed(args)
 
-    # Inception's features, but for the toy the toy encoder's, which need no download.
+    # Default to Inception; for the toy, to its own encoder, which needs no download.
     metrics = args.metrics.split(",")
     features_name = args.features or "inception"
-    if args.reference == "toy" and not (args.features or args.weights or args.save):
-        features_name = "encoder:toy"
-    if args.save:  # everything that a file can hold
+    if args.reference == "toy" and metrics == ["fid"]:
+        if not (args.features or args.weights or args.save):
+            features_name = "encoder:toy"
+    if args.save:
         metrics = ["fid", "sfid"] if features_name == "inception" else ["fid"]
+        Path(args.save).parent.mkdir(parents=True, exist_ok=True)
     if not METRICS.keys() >= set(metrics):
-        raise rae.UsageError(f"--metrics {args.metrics}: must be of {','.join(METRICS)}")
+        raise UsageError(f"--metrics {args.metrics}: must be of {','.join(METRICS)}")
     if features_name == "inception":
         features = InceptionFeatures(args.weights, args.mode, device)
     elif features_name.startswith("encoder:") and metrics == ["fid"]:
         features = EncoderFeatures(features_name.removeprefix("encoder:"), device)
     else:
-        raise rae.UsageError("--features must be inception, or encoder:NAME with --metrics fid")
+        raise UsageError("--features must be inception, or encoder:NAME with --metrics fid")
 
-    a = load_statistics(args.samples, metrics, features, args, device)
+    samples = load_statistics(args.samples, metrics, features, args, device)
     if args.save:
         if rank == 0:
-            del a["arr_0"]
-            with open(f"{args.save}.tmp", "wb") as f:
-                np.savez(f, **a)
-            os.replace(f"{args.save}.tmp", args.save)
-            print(f"wrote {args.save}: {a['n']} images, {a['size']}, {a['label']}")
+            samples.pop("arr_0", None)
+            np.savez(args.save, **samples)
+            print(f"wrote {args.save}: {samples['n']} images, {samples['size']}, {features.label}")
         return
-
-    # The Inception score needs no reference. Numbers of different features or image sizes must not
-    # be compared.
-    compared = [metric for metric in metrics if metric != "is"]
-    b = load_statistics(args.reference, compared, features, args, device) if compared else {}
-    for name in ("label", "size"):
-        if name in a and name in b and str(a[name]) != str(b[name]):
-            raise rae.UsageError(
-                f"{args.samples} has {name} {a[name]}, {args.reference} has {b[name]}; "
-                "pass --crop, or make new statistics"
-            )
+    compared = [metric for metric in metrics if metric != "is"]  # IS needs no reference
+    reference = load_statistics(args.reference, compared, features, args, device)
     if rank > 0:
         return
+    for name in ("label", "size"):
+        ours = str(samples.get(name))
+        theirs = str(reference.get(name, ours))
+        if name in samples and ours != theirs:
+            raise UsageError(
+                f"different {name}: {args.samples} has {ours}, {args.reference} has {theirs}; "
+                "pass --crop, or save new statistics"
+            )
 
     scores = {}
+    label = str(samples.get("label"))
     if "fid" in metrics:
-        name = "FID" if features_name == "inception" else "Frechet distance"
-        scores[name] = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
+        gaussians = (samples["mu"], samples["sigma"], reference["mu"], reference["sigma"])
+        name = "FID" if "inception" in label else "Frechet distance"
+        scores[name] = frechet_distance(*gaussians)
     if "sfid" in metrics:
-        scores["sFID"] = frechet_distance(a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"])
+        gaussians = (samples["mu_s"], samples["sigma_s"], reference["mu_s"], reference["sigma_s"])
+        scores["sFID"] = frechet_distance(*gaussians)
     if "is" in metrics:
-        scores["IS"] = a["inception_score"]
+        scores["IS"] = samples["inception_score"]
     if "pr" in metrics:
-        sum_device = "cpu" if device.type == "mps" else device  # MPS has no float64
-        pool3 = [side["pool3"].to(sum_device) for side in (a, b)]
+        if device.type == "mps":
+            device = "cpu"  # MPS has no float64
+        pool3 = (samples["pool3"].to(device), reference["pool3"].to(device))
         scores["precision"], scores["recall"] = precision_recall(*pool3)
-    n = int(a.get("n", 0))
-    if features_name == "inception" and 0 < n < 2048:
-        print(f"FID of {n} images is far too high; papers use 50,000")
-    numbers = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-    print(f"{numbers}  ({n} samples, reference {args.reference}, {features.label})")
+    n = int(samples.get("n", 0))
+    if "FID" in scores and 0 < n < 2048:
+        print(f"FID from {n} images, fewer than its 2,048 features, is far too high")
+    for name, score in scores.items():
+        print(f"{name} {score:.4f}", end="  ")
+    print(f"({n or 'unknown number of'} samples, reference {args.reference}, {label})")
 
 
 if __name__ == "__main__":
-    rae.run_script(main)
+    run_script(main)

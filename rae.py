@@ -33,6 +33,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from toy.world import ToyShapes
 
@@ -46,15 +47,15 @@ class UsageError(Exception):
 # ---------------------------------------------------------------------------------------------
 # Encoder
 
-# name: (timm model, antialias, timm options). antialias (of the resized position embedding) and the
-# tanh-GELU follow each model's original code, where timm's defaults differ.
+# name: (timm model, antialias, timm options). timm's defaults differ from the official code in two
+# places: antialiasing when a position embedding is resized, and tanh-GELU.
 ENCODERS = {
     "dinov2-s": ("vit_small_patch14_reg4_dinov2.lvd142m", True, {}),
     "dinov2-b": ("vit_base_patch14_reg4_dinov2.lvd142m", True, {}),
     "dinov2-l": ("vit_large_patch14_reg4_dinov2.lvd142m", True, {}),
     "siglip2-b": ("vit_base_patch16_siglip_256.v2_webli", False, {"act_layer": "gelu_tanh"}),
     "mae-b": ("vit_base_patch16_224.mae", False, {}),
-    # For train_decoder.py's discriminator. DINO's own code has the exact GELU; RAE's has this one.
+    # Backbone of train_decoder.py's discriminator. (The original DINO has the exact GELU.)
     "dino-s8": ("vit_small_patch8_224.dino", True, {"act_layer": "gelu_tanh"}),
 }
 
@@ -78,14 +79,13 @@ class Encoder(nn.Module):
         self.latent_dim = vit.embed_dim
 
         # timm would resize the position embedding by itself, but always with antialiasing.
-        if vit.pos_embed is not None:
-            pos_embed = resample_abs_pos_embed(
-                vit.pos_embed.detach(),
-                [self.grid_size, self.grid_size],
-                num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
-                antialias=antialias,
-            )
-            vit.pos_embed = nn.Parameter(pos_embed)
+        pos_embed = resample_abs_pos_embed(
+            vit.pos_embed.detach(),
+            [self.grid_size, self.grid_size],
+            num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
+            antialias=antialias,
+        )
+        vit.pos_embed = nn.Parameter(pos_embed)
         vit.patch_embed.set_input_size((input_size, input_size))
 
         # Drop the final LayerNorm's affine parameters (appendix C): every token then has mean 0 and
@@ -101,11 +101,12 @@ class Encoder(nn.Module):
         # Resize in one bicubic step without antialiasing, as in the official code.
         if images.shape[-1] != self.input_size:
             images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic")
-        images = (images - self.pixel_mean) / self.pixel_std
+        images = (images - self.pixel_mean) / self.pixel_std  # (B, 3, input_size, input_size)
         tokens = self.vit.forward_features(images)  # (B, prefix + N, C)
         return tokens[:, self.vit.num_prefix_tokens :].float()  # (B, N, C): no CLS, no registers
 
     def denormalize(self, images):
+        """From the encoder's normalized space, in which the decoder predicts, back to [0, 1]."""
         return images * self.pixel_std + self.pixel_mean
 
 
@@ -141,9 +142,9 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm1(x)  # (B, 1 + N, D)
-        q = self.split_heads(self.query(h))
-        k = self.split_heads(self.key(h))
-        v = self.split_heads(self.value(h))
+        q = self.split_heads(self.query(h))  # (B, num_heads, 1 + N, d)
+        k = self.split_heads(self.key(h))  # (B, num_heads, 1 + N, d)
+        v = self.split_heads(self.value(h))  # (B, num_heads, 1 + N, d)
         h = F.scaled_dot_product_attention(q, k, v)  # (B, num_heads, 1 + N, d)
         x = x + self.proj(h.transpose(1, 2).flatten(2))  # (B, 1 + N, D)
         x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))  # (B, 1 + N, D)
@@ -154,7 +155,7 @@ class Decoder(nn.Module):
     """MAE-style ViT: tokens (B, N, C) -> images (B, 3, H, W) with H = W = grid_size * patch_size.
 
     Predicts pixels in the encoder's normalized space; Encoder.denormalize undoes that. As in MAE, a
-    CLS token runs along and is dropped at the end.
+    CLS token is prepended, and dropped at the output.
     """
 
     def __init__(self, latent_dim, grid_size, patch_size, width, depth, num_heads, mlp_dim):
@@ -177,16 +178,15 @@ class Decoder(nn.Module):
         self.checkpoint_activations = False  # True: recompute blocks in backward to save memory
 
     def forward(self, tokens):
-        x = self.decoder_embed(
-            tokens
-        ).float()  # (B, N, D): float32 residual stream, even under autocast
+        # The residual stream stays in float32, even under autocast.
+        x = self.decoder_embed(tokens).float()  # (B, N, D)
         cls = self.trainable_cls_token.expand(len(x), -1, -1)  # (B, 1, D)
         x = torch.cat([cls, x], dim=1) + self.decoder_pos_embed  # (B, 1 + N, D)
         for layer in self.decoder_layers:
             if self.checkpoint_activations:
                 x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x)
+                x = layer(x)  # (B, 1 + N, D)
         x = self.decoder_pred(self.decoder_norm(x))[:, 1:].float()  # (B, N, p p 3)
 
         # Unpatchify: the p p 3 numbers of a token are its pixels by row, column, color.
@@ -230,7 +230,7 @@ class RAE(nn.Module):
         return self.encoder.denormalize(self.decoder(z * self.latent_std + self.latent_mean))
 
     def latent_hash(self):
-        """A hash of encoder and statistics, to notice an encoder retrained under its old name."""
+        """Identify the latent space, to notice an encoder that was retrained under its old name."""
         blocks = self.encoder.vit.blocks.state_dict()
         return hash_tensors([*blocks.values(), self.latent_mean, self.latent_std])
 
@@ -286,6 +286,7 @@ def find_file(name):
 
 
 def download(file):
+    """Download a file of the official repository once; returns its local path."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -295,17 +296,17 @@ def download(file):
 
 
 def load(path):
-    """Read a dict that torch.save wrote. Pickles that could run code are not loaded."""
+    """Read a dict that torch.save wrote; pickles that could run code are refused."""
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file")
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch raises half a dozen types for damaged and other files
         raise UsageError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
 
 
 def atomic_save(content, path):
-    """torch.save through a temporary file: a kill at any moment leaves the old file or the new."""
+    """torch.save through a temporary file: if killed midway, the old file survives."""
     temporary = f"{path}.tmp"
     with open(temporary, "wb") as f:
         torch.save(content, f)
@@ -348,26 +349,25 @@ def load_encoder(name, image_size, weights=None):
     if name not in ENCODERS and not name.startswith("timm:"):
         raise UsageError(f"encoder {name}: no such file, and not one of {[*ENCODERS]}, timm:MODEL")
     model, antialias, options = ENCODERS.get(name, (name.removeprefix("timm:"), True, {}))
-    vit = load_timm(model, weights, dynamic_img_size=True, **options)
+    vit = load_timm(model, weights, **options)
     if not isinstance(vit, VisionTransformer):
         raise UsageError(f"encoder {name}: not a plain ViT")
     # Patches of 14 px see 256 px images at 224 px, so that they too give 16 x 16 tokens.
     patch_size = vit.patch_embed.patch_size[0]
     input_size = image_size * 14 // 16 if patch_size == 14 else image_size
-    return Encoder(
-        vit, input_size, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"], antialias
-    )
+    cfg = vit.pretrained_cfg
+    return Encoder(vit, input_size, cfg["mean"], cfg["std"], antialias)
 
 
 def load_decoder(file, name="decoder"):
     """The Decoder of a loaded file, in eval mode, with its (EMA) weights.
 
     file: a checkpoint of train_decoder.py, or a state dict with the official names. Sizes are read
-    from tensor shapes, except the number of heads. name: what to call the file in errors.
+    from tensor shapes, except the number of heads.
     """
     state = file.get("ema", file)
     for ours, official in OFFICIAL_NAMES:
-        state = {name.replace(official, ours): tensor for name, tensor in state.items()}
+        state = {key.replace(official, ours): tensor for key, tensor in state.items()}
     if "decoder_embed.weight" not in state:
         raise UsageError(f"{name}: not an RAE decoder, it has no decoder_embed.weight")
     width, latent_dim = state["decoder_embed.weight"].shape
@@ -386,10 +386,9 @@ def load_decoder(file, name="decoder"):
 
 
 def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cpu"):
-    """The frozen RAE around a decoder: "toy", "released:NAME" or a path.
-
-    Our checkpoints name their encoder and hold the statistics. An official file needs both:
-    encoder, a name for load_encoder, and stats, the path of its statistics.
+    """The frozen RAE of a decoder: "toy", "released:NAME" or a path. Our checkpoints name their
+    encoder and hold the statistics. An official file needs `encoder`, a name for load_encoder, and
+    `stats`, the path of its statistics.
     """
     name = str(decoder)
     file = load(find_file(name))
@@ -401,7 +400,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     encoder = encoder or file.get("encoder")
     statistics = load(stats) if stats else file
     if encoder is None or "var" not in statistics:
-        raise UsageError(f"{name}: holds only weights; pass --encoder and --stats too")
+        raise UsageError(f"{name}: no encoder or statistics; pass --encoder and --stats")
 
     # Official decoders have one token per 16 px of the encoded image.
     image_size = file.get("encoder_image_size", 16 * decoder.grid_size)
@@ -409,7 +408,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     var = statistics["var"]
     mean = statistics.get("mean", torch.zeros_like(var))  # some official files lack it
     rae = RAE(encoder, decoder, mean, var)
-    if file.get("latent_hash", rae.latent_hash()) != rae.latent_hash():
+    if "latent_hash" in file and file["latent_hash"] != rae.latent_hash():
         raise UsageError(f"{name}: its encoder has changed; restore it, or retrain the decoder")
     return rae.to(device).eval().requires_grad_(False)
 
@@ -437,20 +436,16 @@ def open_image(path):
         raise UsageError(f"{str(path)!r} cannot be read as an image: {error}") from error
 
 
-def center_crop(image, size):
-    """The central size x size square of a PIL image, as in ADM (Dhariwal and Nichol 2021).
-
-    Halve by averaging while the short side is at least twice `size`, resize it to `size` in one
-    bicubic step, then crop.
+def center_crop(image, size, generator=None):
+    """The central size x size square of a PIL image, as in ADM (Dhariwal and Nichol 2021): halve by
+    averaging while the short side is at least 2 * size, resize it to size (bicubic), then crop.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
-    width = round(image.width * scale)
-    height = round(image.height * scale)
-    image = image.resize((width, height), Image.BICUBIC)
-    left = (width - size) // 2
-    top = (height - size) // 2
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
@@ -472,13 +467,12 @@ def list_images(root):
 
 
 class ImageFolder(Dataset):
-    """The images below a folder; every folder that holds some is a class.
-
-    Item i is image i as (3, size, size) uint8, center-cropped. For training, `load` crops by
-    `crop(image, size, generator)` if that is given, and flips.
+    """The images below a folder; every folder that holds some is a class. Item i is image i as
+    (3, size, size) uint8, center-cropped. For training, `load` applies crop(image, size, generator)
+    instead, and mirrors the image if flip is true.
     """
 
-    def __init__(self, root, size, crop=None):
+    def __init__(self, root, size, crop=center_crop):
         self.size = size
         self.crop = crop
         self.paths = list_images(root)
@@ -495,30 +489,25 @@ class ImageFolder(Dataset):
         return np.array(center_crop(open_image(self.paths[i]), self.size)).transpose(2, 0, 1)
 
     def load(self, i, generator, flip):
-        image = open_image(self.paths[i])
-        if self.crop is None:
-            image = center_crop(image, self.size)
-        else:
-            image = self.crop(image, self.size, generator)
-        pixels = np.array(image).transpose(2, 0, 1)
+        image = self.crop(open_image(self.paths[i]), self.size, generator)
+        pixels = np.array(image).transpose(2, 0, 1)  # (3, size, size)
         return pixels[:, :, ::-1] if flip else pixels
 
 
-def open_data(data, size, split="train", crop=None):
+def open_data(data, size, split="train", crop=center_crop):
     """The data set of --data: "toy" or a folder."""
     return ToyShapes(split, size) if data == "toy" else ImageFolder(data, size, crop)
 
 
 def read_batches(data, batches, workers, device):
     """Yield images (B, 3, H, W) in [0, 1] for each of `batches`, lists of indices."""
-    for images in DataLoader(data, batch_sampler=batches, num_workers=workers):
+    for images in progress(DataLoader(data, batch_sampler=batches, num_workers=workers), "images"):
         yield images.to(device).float() / 255
 
 
 class StepBatches(Dataset):
-    """Item `step` is this rank's share of that step's global batch.
-
-    It is images (b, 3, H, W) uint8 and labels (b,). self.rows are its rows in the global batch.
+    """Item `step` is this rank's share of that step's global batch: images (b, 3, H, W) uint8 and
+    labels (b,). rows indexes the global batch, micro_batches slices this share.
     """
 
     def __init__(self, data, args, flip, rank, world_size):
@@ -526,6 +515,8 @@ class StepBatches(Dataset):
             raise UsageError(f"--global-batch-size must be a multiple of {world_size} processes")
         local_batch_size = args.global_batch_size // world_size
         self.rows = range(rank * local_batch_size, (rank + 1) * local_batch_size)
+        size = args.micro_batch_size or local_batch_size
+        self.micro_batches = [slice(i, i + size) for i in range(0, local_batch_size, size)]
         self.data = data
         self.args = args
         self.flip = flip
@@ -535,8 +526,8 @@ class StepBatches(Dataset):
         images = []
         labels = []
         for row in self.rows:
-            position = step * self.args.global_batch_size + row
-            epoch, position = divmod(position, len(self.data))
+            seen = step * self.args.global_batch_size + row  # images before this one
+            epoch, position = divmod(seen, len(self.data))
             i = epoch_order(seed, epoch, len(self.data))[position]
             generator = seeded_generator("crop", seed, step, row)
             flip = self.flip and torch.rand((), generator=generator) < 0.5
@@ -547,6 +538,7 @@ class StepBatches(Dataset):
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
 def epoch_order(seed, epoch, num_images):
+    """The order (num_images,) in which an epoch visits the images."""
     return torch.randperm(num_images, generator=seeded_generator("epoch", seed, epoch)).numpy()
 
 
@@ -581,14 +573,14 @@ def setup_distributed(args):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         torch.cuda.set_device(device)
     if world_size > 1:
-        # Imported later, timm keeps the process group alive at exit, where gloo can crash.
+        # After init_process_group, this import would keep the group alive at exit and crash gloo.
         import timm  # noqa: F401
 
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # ranks wait for rank 0
 
     # bf16 computes matrix products in bfloat16 (autocast); weights, norms, residual streams and
-    # losses stay in float32. tf32 rounds only the factors of float32 products, on GPUs.
+    # losses stay in float32. tf32 rounds only the inputs of float32 products, on GPUs.
     precision = args.precision
     if precision == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -611,8 +603,13 @@ def print0(text):
         print(text, flush=True)
 
 
+def progress(batches, description):
+    """A progress bar on rank 0, unless there is no terminal (None)."""
+    return tqdm(batches, description, disable=get_rank() > 0 or None)
+
+
 def rank_batches(n, batch_size):
-    """This rank's batches of range(n). All ranks' together are the same for any world size."""
+    """This rank's batches of range(n). Their union does not depend on the world size."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     starts = range(get_rank() * batch_size, n, world_size * batch_size)
     return [range(start, min(start + batch_size, n)) for start in starts]
@@ -622,60 +619,50 @@ def rank_batches(n, batch_size):
 def update_ema(ema, model, decay, step):
     """ema <- d ema + (1 - d) model with d = min(decay, (1 + step) / (10 + step)).
 
-    The smaller d at the start, ours, makes a short run forget its initial weights.
+    Warming up d, which is ours, lets a short run forget its initial weights.
     """
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
 def check_same_run(out, saved, settings):
-    """UsageError unless the run in `out` has these settings."""
+    """Raise UsageError unless the run in `out` used these settings."""
     for name in sorted(saved.keys() | settings.keys()):
-        there, here = saved.get(name), settings.get(name)
+        there = saved.get(name)
+        here = settings.get(name)
         if there != here:
-            raise UsageError(f"{out} contains a run with {name} {there}, not {here}; change --out")
+            raise UsageError(f"{out} has a run with {name} {there}, not {here}; change --out")
 
 
 def open_log(out, step):
     """Open out/log.jsonl to append, after dropping lines beyond the checkpoint's step."""
-    path = Path(out, "log.jsonl")
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept))
-    return open(path, "a")
+    log = open(Path(out, "log.jsonl"), "a+")
+    log.seek(0)
+    end = 0
+    for line in log:
+        if not line.endswith("}\n") or json.loads(line)["step"] > step:
+            break  # a later step, or a line that a kill cut short
+        end += len(line)
+    log.truncate(end)
+    return log
 
 
 def write_log(log, numbers):
     """Append a dict of numbers as a JSON line, and print the scalars."""
     log.write(json.dumps(numbers) + "\n")
     log.flush()
-    scalars = [
-        f"{name} {value:.4g}" for name, value in numbers.items() if not isinstance(value, list)
-    ]
-    print("  ".join(scalars), flush=True)
-
-
-def to_uint8(images):
-    """[0, 1] -> uint8, rounded. (The official code truncates, which darkens by half a level.)"""
-    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def save_grid(images, path, columns):
-    """Draw images (B, 3, H, W) in [0, 1] as one PNG, row by row; small images are enlarged."""
-    zoom = max(1, 64 // images.shape[2])
-    rows = math.ceil(len(images) / columns)
-    blank = rows * columns - len(images)
-    images = to_uint8(images).cpu()
-    images = F.pad(images, (1, 1, 1, 1, 0, 0, 0, blank), value=255)  # white borders and blanks
-    grid = images.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, 3)
-    grid = grid.flatten(2, 3).flatten(0, 1).numpy()  # (rows H, columns W, 3)
-    Image.fromarray(grid.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(path)
+    for name, value in numbers.items():
+        if isinstance(value, int):
+            print(name, value, end="  ")
+        elif isinstance(value, float):
+            print(f"{name} {value:.4g}", end="  ")
+    print(flush=True)
 
 
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB (B,) of images (B, 3, H, W) in [0, 1]."""
-    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))
-    return -10 * error.clamp(min=1e-10).log10()
+    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))  # (B,)
+    return -10 * error.clamp(min=1e-10).log10()  # 100 dB for equal images
 
 
 def bounded(low, high=sys.float_info.max, kind=float):
@@ -686,6 +673,7 @@ def bounded(low, high=sys.float_info.max, kind=float):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
 
+    parse.__name__ = kind.__name__  # for argparse's messages
     return parse
 
 
@@ -694,15 +682,14 @@ non_negative_int = bounded(0, 2**62, int)
 
 
 def available_devices():
-    """What --device can be here, the fastest first."""
+    """Available devices, the fastest first."""
     devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return [name for name, available in devices.items() if available] + ["cpu"]
 
 
 def parse_args(parser, presets):
-    """Add the flags that all scripts share and parse the command line.
-
-    --preset names a dict of defaults for the other flags (--help shows the toy's).
+    """Add the flags that all scripts share, and parse the command line. --preset names a dict of
+    the other flags' defaults, those of the toy in --help; what it lacks of them is None.
     """
     devices = available_devices()
     precisions = ["auto", "fp32", "tf32", "bf16"]
@@ -710,11 +697,10 @@ def parse_args(parser, presets):
     parser.add_argument("--preset", choices=presets, default="toy", help="defaults of other flags")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="random seed")
     parser.add_argument("--device", choices=devices, default=devices[0])
-    parser.add_argument(
-        "--precision", choices=precisions, default="auto", help="auto: bf16 on GPUs"
-    )
+    parser.add_argument("--precision", choices=precisions, default="auto", help="bf16 on GPUs")
     parser.set_defaults(**presets["toy"])
-    parser.set_defaults(**presets[parser.parse_args().preset])
+    preset = presets[parser.parse_args().preset]
+    parser.set_defaults(**(dict.fromkeys(presets["toy"]) | preset))
     return parser.parse_args()
 
 
@@ -730,5 +716,5 @@ def run_script(main):
         message = str(error).split("UsageError: ")[-1]
         sys.exit(f"error: {' '.join(message.split())}")
     except KeyboardInterrupt:
-        print("stopped; rerun the same command to resume", file=sys.stderr)
+        print("stopped; training and sampling resume with the same command", file=sys.stderr)
         sys.exit(130)

@@ -7,13 +7,14 @@
 (The "--" keeps torchrun from reading --num as an abbreviation of its own flag.)
 
 For --out NAME this writes NAME/000000.png and so on, then NAME.npz, all images as uint8
-(num, H, W, 3) for fid.py or ADM's evaluator, and NAME.png, a grid of the first ones. Images that
-are there already are skipped, so rerun the same command to resume. The noise of image i depends on
+(num, H, W, 3) for fid.py or ADM's evaluator, and NAME.png, a grid of the first 100. Batches that
+are already there are skipped, so rerun the same command to resume. The noise of image i depends on
 (seed, i) alone.
 """
 
 import argparse
 import json
+import math
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from dit_dh import load_dit, sample, shift_alpha, time_grid
 from rae import (
@@ -34,15 +35,14 @@ from rae import (
     parse_args,
     positive_int,
     print0,
+    progress,
     rank_batches,
     run_script,
-    save_grid,
     seeded_noise,
     setup_distributed,
-    to_uint8,
 )
 
-# Batches fit 24 GB. The toy is guided by default, the paper's headline ImageNet number is not.
+# Batches fit 24 GB. The toy is guided by default; the paper's first ImageNet number is not.
 TOY = {"ckpt": "out/diffusion/checkpoint.pt", "num": 500, "cfg_scale": 1.5, "batch_size": 250}
 IMAGENET = {"num": 64, "cfg_scale": 1.0, "batch_size": 64}
 PRESETS = {
@@ -77,21 +77,21 @@ def get_args():
     p.add_argument("--alpha", type=bounded(1e-3), help="schedule shift (default: as in training)")
     p.add_argument("--cfg-scale", type=bounded(0), help="classifier-free guidance, 1: none")
     p.add_argument("--guidance-model", help="AutoGuidance: checkpoint of the weaker model")
-    p.add_argument("--guidance-scale", type=bounded(0), default=1.42, help="(paper, 512 px: 1.5)")
+    p.add_argument("--guidance-scale", type=bounded(0), default=1.42, help="(512 px: 1.5)")
     p.add_argument(
         "--interval",
         type=bounded(0, 1),
         nargs=2,
         default=[0, 1],
         metavar=("LOW", "HIGH"),
-        help="guide only at timesteps LOW <= t <= HIGH",
+        help="guide only at shifted timesteps LOW <= t <= HIGH",
     )
     p.add_argument("--batch-size", type=positive_int, help="images per forward and rank")
-    return parse_args(p, PRESETS)
+    return parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
 
 
 def balanced_labels(classes, num):
-    """num labels that cycle through the classes; if num is too small, spread over them."""
+    """num labels that cycle through the classes, or evenly spaced ones if num is too small."""
     if num >= len(classes):
         return [classes[i % len(classes)] for i in range(num)]
     return [classes[i * len(classes) // num] for i in range(num)]
@@ -111,7 +111,9 @@ def check_latents(name, model, file, rae):
     settings = file.get("settings", {})
     same_shape = rae.latent_mean.shape == (model.grid_size**2, model.latent_dim)
     if not same_shape or settings.get("latents", rae.latent_hash()) != rae.latent_hash():
-        raise UsageError(f"{name} was trained in other latents; pass the --decoder of its training")
+        raise UsageError(
+            f"{name} was trained on other latents; pass the --decoder it was trained on"
+        )
 
 
 @torch.no_grad()
@@ -128,7 +130,7 @@ def generate(
 ):
     """Sample and decode images (len(labels), 3, H, W) in [0, 1].
 
-    They are the images number first, first + 1, ... of this seed. guidance: see dit_dh.sample.
+    These are images first, first + 1, ... of this seed. guidance: see dit_dh.sample.
     """
     latent_shape = rae.latent_mean.shape  # (N, C)
     device = rae.latent_mean.device
@@ -140,7 +142,24 @@ def generate(
         with autocast:
             z = sample(model, noise, y, timesteps, **guidance)  # (B, N, C)
             images.append(rae.decode(z).clamp(0, 1))  # (B, 3, H, W)
-    return torch.cat(images)
+    return torch.cat(images)  # (len(labels), 3, H, W)
+
+
+def to_uint8(images):
+    """[0, 1] -> uint8, rounded. (The official code truncates, which darkens by half a level.)"""
+    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def save_grid(images, path, columns):
+    """Draw images (B, 3, H, W) in [0, 1] as one PNG, row by row; small images are enlarged."""
+    zoom = max(1, 64 // images.shape[2])
+    rows = math.ceil(len(images) / columns)
+    blank = rows * columns - len(images)
+    images = to_uint8(images).cpu()  # (B, 3, H, W)
+    images = F.pad(images, (1, 1, 1, 1, 0, 0, 0, blank), value=255)  # white borders and blanks
+    grid = images.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, 3)
+    grid = grid.flatten(2, 3).flatten(0, 1).numpy()  # (rows H, columns W, 3)
+    Image.fromarray(grid.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(path)
 
 
 def save_png(image, path):
@@ -151,31 +170,27 @@ def save_png(image, path):
 
 
 def claim_folder(folder, settings):
-    """Make the folder and note the settings in it. UsageError if it has images of others."""
+    """Create the folder and note the settings in it. UsageError if it has images of others."""
     path = folder / "settings.json"
     folder.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        saved = json.loads(path.read_text())
-        changed = [name for name in settings if saved.get(name) != settings[name]]
-        if changed:
-            raise UsageError(
-                f"{folder} has images with another {changed[0]}; delete it or change --out"
-            )
-    elif any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty; delete it or change --out")
-    path.write_text(json.dumps(settings))
+    if not path.exists():
+        if any(folder.iterdir()):
+            raise UsageError(f"{folder} is not empty; delete it or change --out")
+        path.write_text(json.dumps(settings))
+    saved = json.loads(path.read_text())
+    for name in settings:
+        if saved.get(name) != settings[name]:
+            raise UsageError(f"{folder} has images with another {name}; delete it or change --out")
 
 
 def main():
     args = get_args()
-    if args.interval[0] > args.interval[1]:
-        raise UsageError("--interval: LOW is above HIGH")
     folder = Path(args.out)
     if folder.suffix in (".png", ".npz"):
         raise UsageError(f"--out {args.out}: pass the name without {folder.suffix}")
     rank, world_size, device, autocast = setup_distributed(args)
 
-    # Model and RAE. A checkpoint of ours says which RAE it was trained on.
+    # Model and RAE. Our checkpoints record which RAE they were trained on.
     model, file = load_model(args.ckpt)
     trained = file.get("settings", {})
     decoder = "released:dinov2-b-512" if model.grid_size == 32 else "released:dinov2-b"
@@ -198,41 +213,41 @@ def main():
     labels = balanced_labels(classes, args.num)
 
     # Guidance
-    guidance = {"cfg_scale": 1.0 if classes == [null] else args.cfg_scale}
+    guidance = {"interval": args.interval}
     if args.guidance_model:
         guidance_model, guidance_file = load_model(args.guidance_model)
         check_latents(args.guidance_model, guidance_model, guidance_file, rae)
         if guidance_model.num_classes != model.num_classes:
-            raise UsageError(f"{args.guidance_model} has other classes than {args.ckpt}")
-        guidance = {
-            "guidance_model": guidance_model.to(device),
-            "guidance_scale": args.guidance_scale,
-        }
-    elif guidance["cfg_scale"] != 1 and trained.get("label_drop") == 0:
-        raise UsageError(f"{args.ckpt} never saw the null label of CFG; pass --cfg-scale 1")
-    guidance["interval"] = args.interval
+            raise UsageError(f"{args.guidance_model} has another number of classes")
+        guidance["guidance_model"] = guidance_model.to(device)
+        guidance["guidance_scale"] = args.guidance_scale
+    elif classes != [null]:
+        guidance["cfg_scale"] = args.cfg_scale
+    needs_null = classes == [null] or guidance.get("cfg_scale", 1) != 1
+    if needs_null and trained.get("label_drop") == 0:
+        raise UsageError(f"{args.ckpt} was trained without the null label; pass --cfg-scale 1")
 
     # Timesteps, shifted as in training
     alpha = args.alpha or trained.get("alpha") or shift_alpha(*rae.latent_mean.shape)
     timesteps = time_grid(args.steps, alpha, args.t_last)
-    print0(f"{args.ckpt}: {args.num} images, {args.steps} steps, alpha {alpha:.3f}")
+    print0(f"{args.num} images in {args.steps} steps, alpha {alpha:.3f}")
 
-    # The folder belongs to one set of flags, so that no two settings mix. A checkpoint that was
-    # written again since is another setting.
+    # A folder belongs to one set of flags, so that settings don't mix. An overwritten checkpoint
+    # counts as another setting.
     if rank == 0:
-        settings = vars(args) | {"written": os.path.getmtime(find_file(args.ckpt))}
-        for name in ("out", "preset", "device"):
+        settings = vars(args) | {"ckpt_time": os.path.getmtime(find_file(args.ckpt))}
+        for name in ("out", "preset", "device", "batch_size"):
             del settings[name]
         claim_folder(folder, settings)
     if world_size > 1:
         dist.barrier()
 
-    # Draw what is missing. Batches are the same for any number of processes, and so is rounding.
+    # Draw what is missing. The batches, and so the rounding, don't depend on the world size.
     todo = []
     for batch in rank_batches(args.num, args.batch_size):
         if not all((folder / f"{i:06d}.png").exists() for i in batch):
             todo.append(batch)
-    for batch in tqdm(todo, desc="batches", disable=rank > 0 or None):
+    for batch in progress(todo, "batches"):
         images = generate(
             rae,
             model,
@@ -250,16 +265,16 @@ def main():
     if world_size > 1:
         dist.barrier()
 
-    # Pack the folder into one array, and draw the first images: up to 100, in whole rows.
+    # Pack the folder into one array, and draw a grid of the first 100 images.
     if rank == 0:
-        images = np.stack([Image.open(folder / f"{i:06d}.png") for i in range(args.num)])
+        images = np.empty((args.num, rae.image_size, rae.image_size, 3), np.uint8)
+        for i in range(args.num):
+            images[i] = Image.open(folder / f"{i:06d}.png")
         with open(f"{folder}.npz.tmp", "wb") as f:
             np.savez(f, arr_0=images)
         os.replace(f"{folder}.npz.tmp", f"{folder}.npz")
-        columns = len(classes) if 1 < len(classes) <= 10 else min(8, args.num)
-        shown = min(args.num, 100 - 100 % columns)
-        grid = torch.from_numpy(images[:shown]).permute(0, 3, 1, 2) / 255  # (shown, 3, H, W)
-        save_grid(grid, f"{folder}.png", columns)
+        grid = torch.from_numpy(images[:100]).permute(0, 3, 1, 2) / 255  # (100, 3, H, W)
+        save_grid(grid, f"{folder}.png", columns=min(10, args.num))
         print(f"wrote {folder}.npz and {folder}.png")
 
 

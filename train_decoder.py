@@ -1,19 +1,22 @@
-"""Stage 1: train the ViT decoder of an RAE on noisy encoder tokens (sections 3, 4.3 and C).
+"""Stage 1: train the ViT decoder of an RAE on noisy encoder tokens (sections 3, 4.3, appendix C).
 
     python train_decoder.py                                          # toy data -> out/decoder
     python train_decoder.py --data FOLDER --encoder my_encoder.pt    # your images
     torchrun --standalone --nproc_per_node=8 train_decoder.py --preset imagenet256
 
-The loss is L1 + LPIPS + 0.75 lambda GAN. The last two compare images in the feature spaces of
-frozen networks (--loss-networks): VGG16 and DINO-S/8 as in the paper, or the encoder itself, which
-needs no download. Writes checkpoint.pt, log.jsonl and grid_*.png (rows: images, reconstructions,
-reconstructions from noisy tokens) to --out. Rerun the same command to resume.
+The loss is L1 + LPIPS + 0.75 lambda GAN, where lambda rescales the GAN's gradient to the norm of
+the others'. LPIPS and the discriminator run on features of frozen networks (--loss-networks): VGG16
+and DINO-S/8 as in the paper, or the encoder itself, which needs no download.
+
+Writes checkpoint.pt, log.jsonl and grid_*.png (rows: images, reconstructions, reconstructions from
+noisy tokens) to --out. Rerun the same command to resume.
 """
 
 import argparse
 import copy
 import math
 import time
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -26,10 +29,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import spectral_norm
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import rae
 from fid import download_weights, frechet_distance, mean_and_covariance
+from rae import UsageError, bounded, non_negative_int, positive_int
+from sample import save_grid, to_uint8
 
 # Four minutes on two CPU cores.
 TOY = {
@@ -37,7 +41,7 @@ TOY = {
     "encoder": "toy",
     "image_size": 32,
     "size": "toy",
-    "loss_networks": "encoder",
+    "loss_networks": "encoder",  # no download
     "disc_weight": 0.1,
     "global_batch_size": 64,
     "steps": 800,
@@ -45,33 +49,29 @@ TOY = {
     "lr_end": 1e-4,
     "warmup": 50,
     "ema": 0.99,
-    "compile": False,
-    "workers": 0,
-    "log_every": 100,
     "eval_every": 200,
     "eval_num": 500,
     "save_every": 400,
 }
-# Table 12 and the official config: 16 epochs of 2,502 steps. Micro-batches are sized for 80 GB.
+# Table 12 and the official config: 16 epochs of 2,502 steps.
 IMAGENET = {
     "data": "imagenet/train",
     "encoder": "dinov2-b",
     "image_size": 256,
-    "resize": 384,
+    "resize": 384,  # then a random crop of 256
     "size": "XL",
     "loss_networks": "published",
     "disc_weight": 0.75,
     "global_batch_size": 512,
-    "micro_batch_size": 64,
-    "steps": 40032,
+    "micro_batch_size": 64,  # fits 80 GB
+    "steps": 40032,  # 16 epochs
     "lr": 2e-4,
     "lr_end": 2e-5,
-    "warmup": 2502,
+    "warmup": 2502,  # 1 epoch
     "ema": 0.9978,
     "compile": True,
     "workers": 12,
-    "log_every": 100,
-    "eval_every": 2500,
+    "eval_every": 2502,  # once per epoch
     "eval_num": 2000,
     "save_every": 1000,
 }
@@ -80,8 +80,8 @@ PRESETS = {
     "imagenet256": IMAGENET,
     "imagenet512": IMAGENET | {"image_size": 512, "resize": 768, "micro_batch_size": 16},
 }
-# Flags that may differ when a run is resumed. Images and encoder are compared by their hashes. The
-# micro-batch size stays, since the GAN's adaptive weight is computed per micro-batch.
+# Flags that may change on resume. Images and encoder are compared by their hashes instead. The
+# micro-batch size must stay: the GAN's adaptive weight is computed per micro-batch.
 MAY_CHANGE = """preset out device workers compile checkpoint_activations data val_data encoder
 encoder_weights lpips_weights vgg_weights dino_weights eval_every eval_num eval_sigma log_every
 save_every keep_every
@@ -98,7 +98,7 @@ LPIPS_URL = (
 class ViTFeatures(nn.Module):
     """Images in [0, 1] -> tokens of five layers of a frozen ViT, (B, N, C) each.
 
-    The layers are the last block, then the ends of all four quarters; so the last block comes
+    The layers are the last block, then the ends of all four quarters, so the last block appears
     twice, as in the official code. For DINO-S/8 they are blocks 11, 2, 5, 8 and 11, with 784 tokens
     each (appendix C). There is no final norm and no CLS token.
     """
@@ -120,7 +120,7 @@ class ViTFeatures(nn.Module):
         features = self.encoder.vit.forward_intermediates(
             images, indices=self.blocks, output_fmt="NLC", intermediates_only=True
         )
-        return [features[-1], *features]
+        return [features[-1], *features]  # (B, N, C) each
 
 
 class VGGFeatures(nn.Module):
@@ -129,7 +129,7 @@ class VGGFeatures(nn.Module):
     def __init__(self, weights=None):
         super().__init__()
         self.vgg = rae.load_timm("vgg16.tv_in1k", weights)
-        self.vgg.pre_logits = nn.Identity()  # free half a gigabyte of unused classifier
+        self.vgg.pre_logits = nn.Identity()  # drop 0.5 GB of unused classifier
         # LPIPS normalizes images in [-1, 1] by these.
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
@@ -141,7 +141,7 @@ class VGGFeatures(nn.Module):
         features = self.vgg.forward_intermediates(
             images, range(5), stop_early=True, intermediates_only=True
         )
-        return [x.flatten(2).transpose(1, 2) for x in features]
+        return [x.flatten(2).transpose(1, 2) for x in features]  # (B, positions, C) each
 
 
 class PerceptualLoss(nn.Module):
@@ -149,7 +149,7 @@ class PerceptualLoss(nn.Module):
 
     Features are normalized to unit length; squared differences are weighted by channel, averaged
     over positions and summed over layers. With VGGFeatures and the learned weights this is LPIPS
-    (Zhang et al. 2018). Without weights all channels and layers count the same.
+    (Zhang et al. 2018). Without weights all channels count the same.
     """
 
     def __init__(self, features, weights=None):
@@ -165,12 +165,12 @@ class PerceptualLoss(nn.Module):
             for layer, (x, y) in enumerate(zip(features_a, features_b)):
                 x = x / (x.norm(dim=2, keepdim=True) + 1e-10)  # (B, positions, C)
                 y = y / (y.norm(dim=2, keepdim=True) + 1e-10)
-                square = (x - y).square()
+                square = (x - y).square()  # (B, positions, C)
                 if self.weights is None:
                     weighted = square.sum(2) / len(features_a)  # (B, positions)
                 else:
                     weighted = square @ self.weights[layer]  # (B, positions)
-                distance = distance + weighted.mean(1)
+                distance = distance + weighted.mean(1)  # (B,)
         return distance
 
 
@@ -233,16 +233,16 @@ class Discriminator(nn.Module):
 
     def forward(self, features):
         logits = [head(x) for head, x in zip(self.heads, features)]  # (B, N) each
-        return torch.cat(logits, dim=1).float()
+        return torch.cat(logits, dim=1).float()  # (B, layers N)
 
 
 def diffaug(x, u):
-    """DiffAug (Zhao et al. 2020) of images (B, 3, H, W) in [0, 1], by uniform numbers u (B, 5).
+    """DiffAug (Zhao et al. 2020) of images (B, 3, H, W) in [0, 1], with uniform noise u (B, 5).
 
     Shift by up to an eighth, gray (0.5) outside; brightness + U(-.5, .5), saturation x U(0, 2) and
     contrast x U(.5, 1.5), all in [-1, 1]. Keeps the discriminator from memorizing the training set.
     """
-    # Cut each image out of its padded self by indexing on the device, without a host-device sync.
+    # Crop the padded image at a random place, by indexing without a host-device sync.
     x = 2 * x - 1
     size = x.shape[-1]
     reach = round(size / 8)
@@ -256,10 +256,10 @@ def diffaug(x, u):
 
     brightness, saturation, contrast = u[:, 2:].T[..., None, None, None]  # (B, 1, 1, 1) each
     x = x + (brightness - 0.5)
-    gray = x.mean(1, keepdim=True)
+    gray = x.mean(1, keepdim=True)  # (B, 1, H, W)
     x = (x - gray) * (2 * saturation) + gray
-    mean = x.mean((1, 2, 3), keepdim=True)
-    x = (x - mean) * (contrast + 0.5) + mean
+    mean = x.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    x = (x - mean) * (contrast + 0.5) + mean  # (B, 3, H, W)
     return (x + 1) / 2
 
 
@@ -271,8 +271,8 @@ def hinge_d_loss(logits_real, logits_fake):
 def adaptive_weight(rec_grad, gan_grad):
     """lambda = |rec_grad| / (|gan_grad| + 1e-6) in [0, 1e4], as in VQGAN (Esser et al. 2021).
 
-    It gives both gradients the same norm. They are those of the reconstruction loss and of the GAN
-    loss at the last layer's weight, as in the official code (in the paper, at the image).
+    Times lambda, the GAN's gradient has the norm of the reconstruction loss's. Both are taken at
+    the last layer's weight, as in the official code (in the paper, at the image).
     """
     return (rec_grad.norm() / (gan_grad.norm() + 1e-6)).clamp(0, 1e4).detach()
 
@@ -302,7 +302,7 @@ def add_noise(tokens, sigma, eps):
 
 @torch.no_grad()
 def latent_statistics(encoder, data, batch_size, device, workers=0):
-    """Exact mean and variance of the tokens, (C, h, w) each, over a data set in both flips.
+    """Exact mean and variance of the tokens, (C, h, w) each, over a data set and its mirror images.
 
     One pass over center crops, shared by all ranks, summed in float64. (The official statistics are
     a running average, which favors the last images.)
@@ -312,9 +312,7 @@ def latent_statistics(encoder, data, batch_size, device, workers=0):
     shape = (encoder.grid_size**2, encoder.latent_dim)
     total = torch.zeros(shape, dtype=torch.float64, device=sum_device)  # (N, C)
     total_square = torch.zeros_like(total)
-    hide = rae.get_rank() > 0 or None
-    loader = rae.read_batches(data, batches, workers, device)
-    for images in tqdm(loader, "latent statistics", len(batches), disable=hide):
+    for images in rae.read_batches(data, batches, workers, device):
         for view in (images, images.flip(-1)):
             tokens = encoder(view).to(sum_device).double()  # (B, N, C)
             total += tokens.sum(0)
@@ -338,62 +336,56 @@ def get_args():
     # images and encoder
     p.add_argument("--data", help="toy, or a folder of images")
     p.add_argument("--val-data", help="folder to evaluate on (default: --data)")
-    p.add_argument("--image-size", type=rae.positive_int, help="pixels of decoded images")
-    p.add_argument("--resize", type=rae.positive_int, help="short side before a random crop")
+    p.add_argument("--image-size", type=positive_int, help="pixels of decoded images")
+    p.add_argument("--resize", type=positive_int, help="short side before a random crop")
     p.add_argument("--encoder", help="toy, dinov2-{s,b,l}, siglip2-b, mae-b, timm:MODEL or a file")
     p.add_argument("--encoder-weights", help="local file of the encoder's timm weights")
     # decoder
     p.add_argument("--size", choices=rae.DECODERS, help="size of the decoder (paper: XL)")
-    p.add_argument(
-        "--upsample", type=rae.positive_int, default=1, help="decoded over encoded px (6.1)"
-    )
-    p.add_argument("--noise-tau", type=rae.bounded(0), default=0.8, help="noise level, 0: no noise")
+    p.add_argument("--upsample", type=positive_int, default=1, help="decoded size / encoded size")
+    p.add_argument("--noise-tau", type=bounded(0), default=0.8, help="noise level, 0: no noise")
     p.add_argument("--noise-dist", choices=["uniform", "half-normal"], default="uniform")
     p.add_argument("--init", help="initial weights: a checkpoint or released:NAME")
     # losses
-    p.add_argument("--loss-networks", choices=["encoder", "published"], help="see above")
+    p.add_argument("--loss-networks", choices=["encoder", "published"])
     p.add_argument("--lpips-weights", help="local file of LPIPS' VGG weights")
     p.add_argument("--vgg-weights", help="local file of VGG16's timm weights")
     p.add_argument("--dino-weights", help="local file of DINO-S/8's timm weights")
-    p.add_argument("--perceptual-weight", type=rae.bounded(0), default=1.0, help="0: off")
-    p.add_argument("--disc-weight", type=rae.bounded(0), help="GAN weight, 0: off (paper: 0.75)")
+    p.add_argument("--perceptual-weight", type=bounded(0), default=1.0, help="0: off")
+    p.add_argument("--disc-weight", type=bounded(0), help="GAN weight, 0: off (paper: 0.75)")
     p.add_argument(
         "--starts",
-        type=rae.bounded(0, 1),
+        type=bounded(0, 1),
         nargs=3,
         default=[0, 0.375, 0.5],
         metavar=("PERCEPTUAL", "D", "GAN"),
         help="when each starts, in fractions of the run (paper: epochs 0, 6, 8 of 16)",
     )
     # optimization
-    p.add_argument("--steps", type=rae.positive_int, help="optimizer steps")
-    p.add_argument("--global-batch-size", type=rae.positive_int, help="images per step, all ranks")
-    p.add_argument("--micro-batch-size", type=rae.positive_int, help="images per forward pass")
-    p.add_argument("--lr", type=rae.bounded(0), help="peak learning rate (paper: 2e-4)")
-    p.add_argument("--lr-end", type=rae.bounded(0), help="final learning rate (paper: 2e-5)")
-    p.add_argument(
-        "--warmup", type=rae.non_negative_int, help="warm-up steps (paper: 1 epoch of 16)"
-    )
-    p.add_argument("--ema", type=rae.bounded(0, 1), help="EMA decay (official: 0.9978)")
+    p.add_argument("--steps", type=positive_int, help="optimizer steps")
+    p.add_argument("--global-batch-size", type=positive_int, help="images per step, all ranks")
+    p.add_argument("--micro-batch-size", type=positive_int, help="images per forward pass")
+    p.add_argument("--lr", type=bounded(0), help="peak learning rate (paper: 2e-4)")
+    p.add_argument("--lr-end", type=bounded(0), help="final learning rate (paper: 2e-5)")
+    p.add_argument("--warmup", type=non_negative_int, help="warm-up steps (paper: 1 epoch of 16)")
+    p.add_argument("--ema", type=bounded(0, 1), help="EMA decay (official: 0.9978)")
     # machine
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile blocks")
     p.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
-    p.add_argument("--workers", type=rae.non_negative_int, help="data loading processes")
+    p.add_argument("--workers", type=non_negative_int, default=0, help="data loading processes")
     # output
     p.add_argument("--out", default="out/decoder", help="folder of the run")
-    p.add_argument("--log-every", type=rae.positive_int, help="steps between log lines")
-    p.add_argument("--eval-every", type=rae.positive_int, help="steps between evaluations")
-    p.add_argument("--eval-num", type=rae.positive_int, help="images to evaluate on")
-    p.add_argument(
-        "--eval-sigma", type=rae.bounded(0), default=0.8, help="noise of *_noisy numbers"
-    )
-    p.add_argument("--save-every", type=rae.positive_int, help="steps between checkpoints")
-    p.add_argument("--keep-every", type=rae.positive_int, help="steps between kept EMA weights")
-    args = rae.parse_args(p, PRESETS)
+    p.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
+    p.add_argument("--eval-every", type=positive_int, help="steps between evaluations")
+    p.add_argument("--eval-num", type=positive_int, help="images to evaluate on")
+    p.add_argument("--eval-sigma", type=bounded(0), default=0.8, help="noise of *_noisy numbers")
+    p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
+    p.add_argument("--keep-every", type=positive_int, help="steps between kept EMA weights")
+    args = rae.parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
     if args.image_size % args.upsample != 0:
-        raise rae.UsageError("--image-size must be a multiple of --upsample")
+        raise UsageError("--image-size must be a multiple of --upsample")
     if args.resize and args.resize < args.image_size:
-        raise rae.UsageError("--resize must be at least --image-size")
+        raise UsageError("--resize must be at least --image-size")
     return args
 
 
@@ -402,7 +394,8 @@ def learning_rate(step, args):
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr_end + (args.lr - args.lr_end) * (0.5 + 0.5 * math.cos(math.pi * progress))
+    cosine = 0.5 + 0.5 * math.cos(math.pi * progress)  # from 1 to 0
+    return args.lr_end + (args.lr - args.lr_end) * cosine
 
 
 def random_crop(image, size, generator, short_side):
@@ -417,46 +410,52 @@ def random_crop(image, size, generator, short_side):
 
 @torch.no_grad()
 def evaluate(encoder, decoder, data, args, batch_size, lpips=None):
-    """PSNR, LPIPS if given, and the Frechet distance in the encoder's features.
+    """PSNR, LPIPS if given, and the Frechet distance in the encoder's features, on rank 0.
 
-    Returns a dict and a grid of 16 images and their reconstructions, (48, 3, H, W). Names with
-    _noisy are for reconstructions from tokens with noise of level --eval-sigma.
+    Returns a dict and a grid of up to 16 images and their reconstructions, (3 * 16, 3, H, W). Names
+    with _noisy are for reconstructions from tokens with noise of level --eval-sigma. The distance
+    flatters decoders trained with --loss-networks encoder, which optimize the same features.
     """
     num = min(args.eval_num, len(data))
     indices = np.linspace(0, len(data) - 1, num).astype(int)  # spread over the classes
-    batches = [indices[i : i + batch_size] for i in range(0, num, batch_size)]
+    batches = np.split(indices, range(batch_size, num, batch_size))
     device = encoder.pixel_mean.device
-    scores = {}
-    features = {"real": [], "": [], "_noisy": []}
-    grid = []
+    numbers = defaultdict(float)
+    features = defaultdict(list)
+    grid = None
     for batch, images in zip(batches, rae.read_batches(data, batches, args.workers, device)):
         tokens = encoder(images)  # (B, N, C)
-        eps = rae.seeded_noise([("eval", args.seed, i) for i in batch], tokens.shape[1:], device)
+        keys = [("eval", args.seed, int(i)) for i in batch]
+        eps = rae.seeded_noise(keys, tokens.shape[1:], device)  # (B, N, C)
         features["real"].append(tokens.mean(1))
-        grid.append(images)
+        pictures = [images]
         for suffix, sigma in (("", 0), ("_noisy", args.eval_sigma)):
-            reconstruction = encoder.denormalize(decoder(tokens + sigma * eps))
-            reconstruction = rae.to_uint8(reconstruction) / 255  # (B, 3, H, W)
-            grid.append(reconstruction)
-            features[suffix].append(encoder(reconstruction).mean(1))
-            scores.setdefault(f"psnr{suffix}", []).append(rae.psnr(reconstruction, images))
+            fake = encoder.denormalize(decoder(tokens + sigma * eps))  # (B, 3, H, W)
+            fake = to_uint8(fake) / 255  # rounded, as in a file
+            pictures.append(fake)
+            features[suffix].append(encoder(fake).mean(1))
+            numbers[f"psnr{suffix}"] += rae.psnr(fake, images).sum().item() / num
             if lpips is not None:
-                scores.setdefault(f"lpips{suffix}", []).append(lpips(reconstruction, images))
+                numbers[f"lpips{suffix}"] += lpips(fake, images).sum().item() / num
 
-    numbers = {name: torch.cat(values).mean().item() for name, values in scores.items()}
-    gaussians = {name: mean_and_covariance(torch.cat(f).cpu()) for name, f in features.items()}
+        if grid is None:
+            grid = torch.cat([x[:16] for x in pictures])
+
+    real = mean_and_covariance(torch.cat(features["real"]).cpu())
     for suffix in ("", "_noisy"):
-        distance = frechet_distance(*gaussians["real"], *gaussians[suffix])
-        numbers[f"encoder_distance{suffix}"] = distance
-    return numbers, torch.cat([images[:16] for images in grid[:3]])
+        fake = mean_and_covariance(torch.cat(features[suffix]).cpu())
+        numbers[f"encoder_distance{suffix}"] = frechet_distance(*real, *fake)
+    return numbers, grid
 
 
 def main():
     args = get_args()
     rank, world_size, device, autocast = rae.setup_distributed(args)
 
-    # Data and frozen encoder. Only training sees random crops. Stage 1 is published without flips.
-    crop = partial(random_crop, short_side=args.resize) if args.resize else None
+    # Data and frozen encoder. Only training sees random crops. No flips, as in the official code.
+    crop = rae.center_crop
+    if args.resize:
+        crop = partial(random_crop, short_side=args.resize)
     data = rae.open_data(args.data, args.image_size, crop=crop)
     val_data = data
     if args.val_data or args.data == "toy":
@@ -464,17 +463,16 @@ def main():
     else:
         rae.print0("evaluating on training images; pass --val-data for others")
     if min(args.eval_num, len(val_data)) < 2:
-        raise rae.UsageError("--eval-num, --val-data: evaluation needs two images")
-    batches = rae.StepBatches(data, args, False, rank, world_size)
+        raise UsageError("--eval-num, --val-data: evaluation needs two images")
+    batches = rae.StepBatches(data, args, flip=False, rank=rank, world_size=world_size)
     rows = batches.rows  # this rank's rows of the global batch
-    micro_batch_size = args.micro_batch_size or len(rows)
-    micro_batches = [slice(i, i + micro_batch_size) for i in range(0, len(rows), micro_batch_size)]
-    eval_batch_size = min(micro_batch_size, 64)
+    micro_batches = batches.micro_batches
+    eval_batch_size = min(args.micro_batch_size or 64, 64)
     encoder_image_size = args.image_size // args.upsample
     encoder = rae.load_encoder(args.encoder, encoder_image_size, args.encoder_weights).to(device)
 
-    # Decoder and EMA. The EMA is copied before compiling and wrapping, so that it shares nothing.
-    torch.manual_seed(args.seed)  # initial weights; every later draw is seeded by its place
+    # Decoder and EMA. The EMA is copied before compiling and wrapping: it stays an ordinary module.
+    torch.manual_seed(args.seed)  # for the initial weights; later draws have their own seeds
     patch_size = args.image_size // encoder.grid_size
     decoder = rae.Decoder(
         encoder.latent_dim, encoder.grid_size, patch_size, *rae.DECODERS[args.size]
@@ -498,8 +496,8 @@ def main():
     disc_backbone = ViTFeatures(disc_encoder)
     discriminator = Discriminator(disc_backbone.width, disc_backbone.num_layers).to(device)
 
-    # DDP averages the gradients of both networks over the ranks. (By reading, the official code
-    # calls the unwrapped discriminator, so that its ranks drift apart.)
+    # DDP averages the gradients of both networks over the ranks. (As far as we can tell from its
+    # source, the official code bypasses DDP for the discriminator, so its ranks drift apart.)
     ddp_decoder = decoder
     ddp_discriminator = discriminator
     if world_size > 1:
@@ -509,7 +507,7 @@ def main():
     optimizer = torch.optim.AdamW(decoder.parameters(), **adamw)
     d_optimizer = torch.optim.AdamW(discriminator.parameters(), **adamw)
 
-    # Latent statistics. Stage 1 doesn't use them: they go into the checkpoint, for stage 2.
+    # Latent statistics of center crops. Stage 1 saves them for stage 2 but does not use them.
     out = Path(args.out)
     checkpoint = None
     if (out / "checkpoint.pt").exists():
@@ -548,9 +546,7 @@ def main():
         "var": var,
         "latent_hash": latent_hash,
     }
-    num_parameters = sum(p.numel() for p in decoder.parameters()) / 1e6
-    rae.print0(f"{len(data)} images; {args.encoder}: {encoder.grid_size**2} x {encoder.latent_dim}")
-    rae.print0(f"decoder {args.size}, {num_parameters:.1f}M parameters")
+    rae.print0(f"{len(data)} images, decoder {args.size}")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         log = rae.open_log(out, first_step)
@@ -576,10 +572,11 @@ def main():
             group["lr"] = learning_rate(step, args)
         for group in d_optimizer.param_groups:
             # The discriminator's schedule starts, with its warm-up, at its own first step. So it
-            # doesn't reach its end, as in the official code.
+            # never reaches lr_end, as in the official code.
             group["lr"] = learning_rate(max(0, step - start_d), args)
 
-        # Draw noise levels and augmentations for the global batch; every rank takes its rows.
+        # Draw noise levels and augmentations for the whole global batch, then slice out this rank's
+        # rows, so that the draws don't depend on the world size.
         generator = rae.seeded_generator("step", args.seed, step, device=device)
         n = args.global_batch_size
         sigma = draw_sigma(n, args.noise_tau, args.noise_dist, generator, device)
@@ -587,16 +584,17 @@ def main():
         sigma = sigma[rows.start : rows.stop]  # (b,)
         u_decoder, u_real, u_fake = u[rows.start : rows.stop].unbind(1)  # (b, 5) each
 
-        # Decoder step, one micro-batch at a time; DDP averages gradients over the ranks in the last
-        # backward pass. The discriminator is fixed meanwhile.
+        # Decoder step, one micro-batch at a time, with a frozen discriminator. In the last backward
+        # pass DDP averages the gradients over the ranks (the flag is a shortcut for no_sync).
         discriminator.eval().requires_grad_(False)
-        losses = torch.zeros(len(LOSSES), device=device)
+        losses = torch.zeros(4, device=device)
+        d_loss = torch.zeros(1, device=device)
         clean_tokens = []
         for micro in micro_batches:
             real = images[micro]  # (B, 3, H, W)
             share = len(real) / len(rows)
             keys = [("noise", args.seed, step, row) for row in rows[micro]]
-            tokens = encoder(real)  # (B, N, C), outside autocast as for the statistics
+            tokens = encoder(real)  # (B, N, C), in full precision
             eps = rae.seeded_noise(keys, tokens.shape[1:], device)  # (B, N, C)
             clean_tokens.append(tokens)
             ddp_decoder.require_backward_grad_sync = micro is micro_batches[-1]
@@ -618,14 +616,11 @@ def main():
                 (rec_grad,) = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)
                 (gan_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
                 disc_weight = args.disc_weight * adaptive_weight(rec_grad, gan_grad)
-                if world_size > 1:
-                    dist.all_reduce(disc_weight)
-                    disc_weight /= world_size
             (share * (rec_loss + disc_weight * g_loss)).backward()
-            losses[:4] += share * torch.stack([l1, perceptual, g_loss, disc_weight]).detach()
+            losses += share * torch.stack([l1, perceptual, g_loss, disc_weight]).detach()
 
         norm = nn.utils.get_total_norm([p.grad for p in decoder.parameters()])
-        finite = bool(norm.isfinite())
+        finite = bool(norm.isfinite())  # a host-device sync
         if finite:
             optimizer.step()
             rae.update_ema(ema, decoder, args.ema, step)
@@ -636,19 +631,19 @@ def main():
         if args.disc_weight > 0 and step >= start_d:
             discriminator.train().requires_grad_(True)
             for micro, tokens in zip(micro_batches, clean_tokens):
-                real = images[micro]
+                real = images[micro]  # (B, 3, H, W)
                 share = len(real) / len(rows)
                 ddp_discriminator.require_backward_grad_sync = micro is micro_batches[-1]
                 with autocast:
                     with torch.no_grad():
-                        fake = rae.to_uint8(encoder.denormalize(decoder(tokens))) / 255
+                        fake = to_uint8(encoder.denormalize(decoder(tokens))) / 255
                         fake_features = disc_backbone(diffaug(fake, u_fake[micro]))
                         real_features = disc_backbone(diffaug(real, u_real[micro]))
-                    logits_fake = ddp_discriminator(fake_features)
-                    logits_real = ddp_discriminator(real_features)
-                d_loss = hinge_d_loss(logits_real, logits_fake)
-                (share * d_loss).backward()
-                losses[4] += share * d_loss.detach()
+                    logits_fake = ddp_discriminator(fake_features)  # (B, layers N)
+                    logits_real = ddp_discriminator(real_features)  # (B, layers N)
+                loss = share * hinge_d_loss(logits_real, logits_fake)
+                loss.backward()
+                d_loss += loss.detach()
             d_norm = nn.utils.get_total_norm([p.grad for p in discriminator.parameters()])
             if d_norm.isfinite():
                 d_optimizer.step()
@@ -658,16 +653,16 @@ def main():
 
         # A step without a finite gradient is skipped; five in a row end the run.
         if finite:
-            loss_sums += losses
+            loss_sums += torch.cat([losses, d_loss])
             num_summed += 1
             skipped_in_a_row = 0
         else:
             skipped += 1
             skipped_in_a_row += 1
             if skipped_in_a_row == 5:
-                raise rae.UsageError("no finite gradient in five steps; try a lower --lr or fp32")
+                raise UsageError("no finite gradient in five steps; try a lower --lr or fp32")
         images_done += args.global_batch_size
-        done = step + 1  # the number of steps behind us
+        done = step + 1  # steps completed
         final = done == args.steps
 
         # Log
@@ -695,10 +690,9 @@ def main():
         if rank == 0 and (done % args.eval_every == 0 or final):
             numbers, grid = evaluate(encoder, ema, val_data, args, eval_batch_size, lpips)
             rae.write_log(log, {"step": done, **numbers})
-            rae.save_grid(grid, out / f"grid_{done:06d}.png", columns=len(grid) // 3)
+            save_grid(grid, out / f"grid_{done:07d}.png", columns=len(grid) // 3)
 
-        # Save, last of all: a run killed before this repeats the iteration, one killed after it has
-        # everything.
+        # Save last, so that any log line and grid due at step N exist already.
         if rank == 0 and args.keep_every and done % args.keep_every == 0:
             rae.atomic_save({"ema": ema.state_dict(), **decoder_info}, out / f"ema_{done:07d}.pt")
         if rank == 0 and (done % args.save_every == 0 or final):

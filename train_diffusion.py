@@ -37,15 +37,15 @@ from rae import (
     positive_int,
     print0,
     psnr,
+    read_batches,
     run_script,
-    save_grid,
     seeded_generator,
     seeded_noise,
     setup_distributed,
     update_ema,
     write_log,
 )
-from sample import balanced_labels, generate, load_model
+from sample import balanced_labels, generate, load_model, save_grid
 
 # Two minutes on two CPU cores. alpha was tuned between 1 and 5.66; the paper's formula gives 1 for
 # latents this small.
@@ -53,7 +53,7 @@ TOY = {
     "data": "toy",
     "decoder": "toy",
     "backbone": "64,8,2",
-    "wide_head": "128,1,4",
+    "wide_head": "128,1,4",  # as wide as the toy encoder's tokens
     "alpha": 4.0,
     "global_batch_size": 64,
     "steps": 1000,
@@ -62,44 +62,56 @@ TOY = {
     "hold": 250,
     "ema": 0.995,
     "cfg_scale": 1.5,
-    "compile": False,
-    "workers": 0,
-    "log_every": 100,
     "sample_every": 500,
     "save_every": 500,
 }
-# Appendix D: 800 epochs of 1,251 steps; lr 2e-4 for 40 epochs, then linear to 2e-5. Micro-batches
-# are sized for 80 GB.
+# Appendix D: batches of 1,024 for 800 epochs of 1,251 steps.
 IMAGENET = {
     "data": "imagenet/train",
     "decoder": "released:dinov2-b",
     "backbone": "XL",
     "wide_head": "G",
     "global_batch_size": 1024,
-    "micro_batch_size": 64,
-    "steps": 1000800,
+    "micro_batch_size": 64,  # fits 80 GB
+    "steps": 1000800,  # 800 epochs
     "lr": 2e-4,
     "lr_end": 2e-5,
-    "hold": 50040,
+    "hold": 50040,  # 40 epochs
     "ema": 0.9995,
     "cfg_scale": 1.0,
     "compile": True,
     "workers": 12,
-    "log_every": 100,
-    "sample_every": 12510,
+    "sample_every": 12510,  # 10 epochs
     "save_every": 1000,
 }
 PRESETS = {
     "toy": TOY,
     "imagenet256": IMAGENET,
-    # 400 epochs, after which the paper's 512 px model was scored.
+    # The paper reports 512 px results at 400 epochs.
     "imagenet512": IMAGENET
     | {"decoder": "released:dinov2-b-512", "micro_batch_size": 16, "steps": 500400},
 }
-# Flags that may differ when a run is resumed. Images and latents are compared by their hashes.
-MAY_CHANGE = """preset out device workers micro_batch_size compile checkpoint_activations cfg_scale
-log_every sample_every save_every keep_every stop_at data decoder encoder encoder_weights stats
-""".split()
+# Flags that may change on resume. Images and latents are compared by their hashes instead.
+MAY_CHANGE = {
+    "preset",
+    "out",
+    "device",
+    "workers",
+    "micro_batch_size",
+    "compile",
+    "checkpoint_activations",
+    "cfg_scale",
+    "log_every",
+    "sample_every",
+    "save_every",
+    "keep_every",
+    "stop_at",
+    "data",
+    "decoder",
+    "encoder",
+    "encoder_weights",
+    "stats",
+}
 
 
 def backbone_size(text):
@@ -113,7 +125,7 @@ def backbone_size(text):
 
 
 def wide_head_size(text):
-    """argparse type: "none", a name of SIZES (for its width; two blocks), or width,depth,heads."""
+    """argparse type: none, a name of SIZES (which gets two blocks), or width,depth,num_heads."""
     if text == "none":
         return None
     width, depth, num_heads = backbone_size(text)
@@ -131,10 +143,10 @@ def get_args():
     p.add_argument("--stats", help="for an official decoder file: its latent statistics")
     # model
     p.add_argument("--backbone", type=backbone_size, help="S, B, L, XL or width,depth,num_heads")
-    p.add_argument("--wide-head", type=wide_head_size, help="the same, or none for a plain DiT")
+    p.add_argument("--wide-head", type=wide_head_size, help="like --backbone (paper: G), or none")
     p.add_argument("--init", help="initial weights: a checkpoint or released:NAME")
     # flow matching
-    p.add_argument("--alpha", type=bounded(1e-3), help="schedule shift (default: section 4.2)")
+    p.add_argument("--alpha", type=bounded(1e-3), help="schedule shift (None: by section 4.2)")
     p.add_argument("--time", choices=["logit-normal", "uniform"], default="logit-normal")
     p.add_argument("--label-drop", type=bounded(0, 1), default=0.1, help="1: unconditional model")
     # optimization
@@ -150,15 +162,15 @@ def get_args():
     # machine
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile blocks")
     p.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
-    p.add_argument("--workers", type=non_negative_int, help="data loading processes")
+    p.add_argument("--workers", type=non_negative_int, default=0, help="data loading processes")
     # output
     p.add_argument("--out", default="out/diffusion", help="folder of the run")
-    p.add_argument("--log-every", type=positive_int, help="steps between log lines")
+    p.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
     p.add_argument("--sample-every", type=positive_int, help="steps between sample grids")
     p.add_argument("--cfg-scale", type=bounded(0), help="guidance of the sample grids, 1: none")
     p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
     p.add_argument("--keep-every", type=positive_int, help="steps between kept EMA weights")
-    return parse_args(p, PRESETS)
+    return parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
 
 
 def learning_rate(step, args):
@@ -182,13 +194,11 @@ def main():
     latent_shape = rae.latent_mean.shape  # (N, C)
     alpha = args.alpha or shift_alpha(*latent_shape)
     data = open_data(args.data, rae.image_size)
-    batches = StepBatches(data, args, not args.no_flip, rank, world_size)
+    batches = StepBatches(data, args, flip=not args.no_flip, rank=rank, world_size=world_size)
     rows = batches.rows  # this rank's rows of the global batch
-    micro_batch_size = args.micro_batch_size or len(rows)
-    micro_batches = [slice(i, i + micro_batch_size) for i in range(0, len(rows), micro_batch_size)]
 
-    # Model and EMA. The EMA is copied before compiling and wrapping, so that it shares nothing.
-    torch.manual_seed(args.seed)  # initial weights; every later draw is seeded by its place
+    # Model and EMA. The EMA is copied before compiling and wrapping: it stays an ordinary module.
+    torch.manual_seed(args.seed)  # for the initial weights; later draws have their own seeds
     model = DiTDH(
         latent_dim=latent_shape[1],
         grid_size=rae.encoder.grid_size,
@@ -224,27 +234,25 @@ def main():
         state = load_model(args.init)[0].state_dict()
         table = "y_embedder.embedding_table.weight"
         if len(state[table]) != model.num_classes + 1:
-            print0(f"{args.init} has other classes: starting from a new label embedding")
+            print0(f"{args.init} has a different number of classes: new label embedding")
             state[table] = model.state_dict()[table]
         model.load_state_dict(state)
         ema.load_state_dict(state)
 
-    num_parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print0(f"{len(data)} images of {len(data.classes)} classes")
-    print0(f"latents {latent_shape[0]} x {latent_shape[1]}, alpha {alpha:.3f}")
-    print0(f"backbone {args.backbone}, head {args.wide_head}, {num_parameters:.1f}M parameters")
+    num_parameters = sum(p.numel() for p in model.parameters())
+    print0(f"{len(data)} images, {num_parameters:,} parameters, alpha {alpha:.3f}")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         log = open_log(out, first_step)
-        # Samples can't look better than reconstructions: check these before a long run.
-        images = [data[i] for i in np.linspace(0, len(data) - 1, 16).astype(int)]
-        images = torch.from_numpy(np.stack(images)).to(device) / 255  # (16, 3, H, W)
+        # Samples can't look better than reconstructions, so check these first.
+        some = np.linspace(0, len(data) - 1, 16).astype(int)
+        (images,) = read_batches(data, [some], 0, device)  # (16, 3, H, W) in [0, 1]
         reconstructions = rae.decode(rae.encode(images)).clamp(0, 1)  # (16, 3, H, W)
         save_grid(torch.cat([images, reconstructions]), out / "reconstructions.png", columns=16)
         print(f"reconstructions.png: PSNR {psnr(reconstructions, images).mean():.1f} dB")
 
     # Sample grids: up to ten classes with eight images each.
-    classes = list(range(model.num_classes))[:10]
+    classes = balanced_labels(range(model.num_classes), min(model.num_classes, 10))
     if args.label_drop == 1:
         classes = [model.num_classes]  # unconditional model: trained on the null label only
     grid_labels = balanced_labels(classes, 8 * len(classes))
@@ -257,7 +265,7 @@ def main():
         num_workers=args.workers,
         pin_memory=device.type == "cuda",
     )
-    loss_sum = torch.zeros(5, device=device)  # by fifths of t, since the last log line
+    loss_sum = torch.zeros(5, device=device)  # per fifth of shifted t, reset at each log line
     loss_count = torch.zeros(5, device=device)
     skipped = 0
     skipped_in_a_row = 0
@@ -265,23 +273,26 @@ def main():
     start = time.perf_counter()
 
     for step, (images, labels) in enumerate(loader, first_step):
-        # Draw t and dropped labels for the global batch; every rank takes its rows.
+        # Draw unshifted t and label dropout for the whole global batch, then slice out this rank's
+        # rows, so that the draws don't depend on the world size.
         generator = seeded_generator("step", args.seed, step, device=device)
         t = draw_time(args.global_batch_size, args.time, generator, device)
         drop = torch.rand(args.global_batch_size, generator=generator, device=device)
         t = t[rows.start : rows.stop]  # (b,)
         drop = drop[rows.start : rows.stop] < args.label_drop  # (b,)
-        y = torch.where(drop, model.num_classes, labels.to(device))  # (b,)
+        labels = labels.to(device, non_blocking=True)  # (b,)
         images = images.to(device, non_blocking=True)  # (b, 3, H, W) uint8
+        y = torch.where(drop, model.num_classes, labels)  # (b,), with the null label num_classes
 
-        # Loss and gradients, one micro-batch at a time; DDP averages gradients over the ranks in the
-        # last backward pass. The encoder runs outside autocast, as it did for the statistics.
+        # Loss and gradients, one micro-batch at a time. In the last backward pass DDP averages the
+        # gradients over the ranks (the flag is a shortcut for no_sync). The encoder runs in float32
+        # because the latent statistics were computed in float32.
         losses = []
-        for micro in micro_batches:
+        for micro in batches.micro_batches:
             keys = [("noise", args.seed, step, row) for row in rows[micro]]
             eps = seeded_noise(keys, latent_shape, device)  # (B, N, C)
             z = rae.encode(images[micro] / 255)  # (B, N, C)
-            ddp_model.require_backward_grad_sync = micro is micro_batches[-1]
+            ddp_model.require_backward_grad_sync = micro is batches.micro_batches[-1]
             with autocast:
                 loss = flow_loss(ddp_model, z, y[micro], alpha, t[micro], eps)  # (B,)
             (loss.sum() / len(rows)).backward()
@@ -305,7 +316,7 @@ def main():
                 raise UsageError("no finite gradient in five steps; try a lower --lr or fp32")
         optimizer.zero_grad()
         images_done += args.global_batch_size
-        done = step + 1  # the number of steps behind us
+        done = step + 1  # steps completed
         final = done == last_step
 
         # Log
@@ -333,12 +344,12 @@ def main():
         # Sample from the EMA
         if rank == 0 and (done % args.sample_every == 0 or final):
             timesteps = time_grid(25, alpha)
-            guidance = {"cfg_scale": args.cfg_scale}
-            grid = generate(rae, ema, grid_labels, timesteps, args.seed, autocast, **guidance)
+            grid = generate(
+                rae, ema, grid_labels, timesteps, args.seed, autocast, cfg_scale=args.cfg_scale
+            )
             save_grid(grid, out / f"samples_{done:07d}.png", columns=len(classes))
 
-        # Save, last of all: a run killed before this repeats the iteration, one killed after it has
-        # everything.
+        # Save last, so that any log line and samples due at step N exist already.
         if rank == 0 and args.keep_every and done % args.keep_every == 0:
             kept = {"ema": ema.state_dict(), "config": model.config, "rae": rae_files}
             atomic_save(kept | {"settings": settings}, out / f"ema_{done:07d}.pt")
@@ -355,7 +366,7 @@ def main():
             atomic_save(checkpoint, out / "checkpoint.pt")
         start += time.perf_counter() - pause  # images_per_s counts training time only
 
-    print0(f"{out} is at step {last_step}; next: python sample.py --ckpt {out}/checkpoint.pt")
+    print0(f"done; next: python sample.py --ckpt {out}/checkpoint.pt")
 
 
 if __name__ == "__main__":
