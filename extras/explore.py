@@ -1,15 +1,15 @@
-"""Look into a trained model: edit an image, walk between two, find a sample's nearest images.
+"""Explore a trained diffusion model: edit an image, interpolate, find the nearest training images.
 
-    python extras/explore.py --like cat.png --strength 0.6     # denoised again, once as each class
-    python extras/explore.py --interpolate cat.png dog.png     # 8 latents on the line between them
-    python extras/explore.py --query cat.png photos            # its nearest images, as each class
-    python extras/explore.py --neighbours toy                  # 8 samples: drawn, or copied?
+    python extras/explore.py --like cat.png --strength 0.6    # redraw an image as each class
+    python extras/explore.py --interpolate cat.png dog.png    # 8 images from one to the other
+    python extras/explore.py --query cat.png photos           # edit an image and its neighbors
+    python extras/explore.py --neighbors toy                  # are samples copies of the data?
 
---like, --interpolate and --query noise a latent up to the time --strength, before the schedule's
-shift, and denoise it from there: near 0 the image stays, at 1 nothing of it is left. All pictures
-get the same noise, so that they differ by their latent and class alone. --query begins with the
-images of a folder, or of the toy's training images, that are nearest to an image. --neighbours
-draws samples as sample.py does, and beside each its nearest images.
+--like, --interpolate and --query add noise to latents up to the time --strength, before the
+schedule shift, and denoise them from there (SDEdit, Meng et al. 2022): at 0 an image stays as it
+is, at 1 nothing of it is left. All latents get the same noise, so the results differ only by latent
+and class. Neighbors, from a folder or the toy's training set, are the images whose mean encoder
+tokens have the highest cosine similarity.
 """
 
 import argparse
@@ -21,27 +21,33 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dit_dh import sample, shift_alpha, time_grid  # noqa: E402
+from dit_dh import sample, shift_alpha, shift_time, time_grid  # noqa: E402
 from rae import (  # noqa: E402
+    UsageError,
     available_devices,
+    bounded,
     center_crop,
-    error_line,
-    keyed_noise,
     load_rae,
-    natural,
-    number,
+    non_negative_int,
     open_data,
     open_image,
-    parse_flags,
     positive_int,
-    read_images,
-    save_sheet,
+    rank_batches,
+    read_batches,
+    run_script,
+    seeded_noise,
 )
-from sample import balanced_labels, check_fit, class_list, generate, load_model  # noqa: E402
+from sample import (  # noqa: E402
+    balanced_labels,
+    check_latents,
+    class_list,
+    generate,
+    load_model,
+    save_grid,
+)
 
-NUM_PICTURES = 8  # of an interpolation, and samples whose neighbours are shown
-NUM_NEIGHBOURS = 7
-MAX_CLASSES = 100  # on one sheet
+NUM_IMAGES = 8  # of an interpolation; samples whose neighbors are shown
+NUM_NEIGHBORS = 7
 
 
 def get_args():
@@ -50,158 +56,137 @@ def get_args():
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    # what to do
+    # task
     task = p.add_mutually_exclusive_group(required=True)
-    task.add_argument("--like", metavar="IMAGE", help="edit an image: one picture a class")
-    task.add_argument(
-        "--interpolate", nargs=2, metavar=("A", "B"), help="8 pictures from one image to another"
-    )
+    task.add_argument("--like", metavar="IMAGE", help="edit an image, once per class")
+    task.add_argument("--interpolate", nargs=2, metavar="IMAGE", help="images between two")
     task.add_argument(
         "--query",
         nargs=2,
-        metavar=("IMAGE", "FOLDER"),
-        help="an image and its nearest there, or of the toy's: a row of edits a class",
+        metavar=("IMAGE", "DATA"),
+        help="edit an image and its neighbors in a folder (or toy), one row per class",
     )
-    task.add_argument(
-        "--neighbours", metavar="FOLDER", help="8 samples and their nearest images there; or toy"
-    )
-    # the model
-    p.add_argument("--ckpt", default="out/diffusion/checkpoint.pt", help="checkpoint of a run")
-    p.add_argument("--decoder", help="decoder file or released:NAME; unset: the one of the run")
-    # how
+    task.add_argument("--neighbors", metavar="DATA", help="samples and their neighbors")
+    # model
+    p.add_argument("--ckpt", default="out/diffusion/checkpoint.pt", help="diffusion checkpoint")
+    p.add_argument("--decoder", help="decoder file or released:NAME (default: as in training)")
+    # sampler
     p.add_argument(
         "--classes",
         type=class_list,
-        help="such as 0,3,7, or null; unset: all, but null with --interpolate",
+        help="such as 0,3,7, or null (default: the first ten; null for --interpolate)",
     )
-    p.add_argument("--strength", type=number(0, 1), default=0.6, help="time to noise an image to")
-    p.add_argument("--steps", type=positive_int, default=50, help="evaluations")
-    p.add_argument("--cfg-scale", type=number(0), default=1.5, help="guidance, 1 for none")
-    p.add_argument("--seed", type=natural, default=0, help="of the noise")
-    p.add_argument("--out", default="out/explore.png", help="the picture to write")
-    return parse_flags(p)
+    p.add_argument("--strength", type=bounded(0, 1), default=0.6, help="noise images up to this t")
+    p.add_argument("--steps", type=positive_int, default=50, help="Euler steps")
+    p.add_argument("--cfg-scale", type=bounded(0), default=1.5, help="guidance, 1: none")
+    p.add_argument("--seed", type=non_negative_int, default=0, help="random seed")
+    p.add_argument("--out", default="out/explore.png", help="picture to write")
+    return p.parse_args()
 
 
 def load_images(paths, size, device):
-    """The central squares of image files, as (B, 3, size, size) in [0, 1]."""
+    """Center-cropped image files as (B, 3, size, size) in [0, 1]."""
     images = [np.asarray(center_crop(open_image(path), size)) for path in paths]
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (B, 3, size, size)
     return images.to(device).float() / 255
 
 
-@torch.no_grad()
-def denoise(rae, model, z, labels, timesteps, seed, cfg_scale):
-    """Noise latents z (B, N, C) to timesteps[0] and denoise them: images (B, 3, H, W) in [0, 1]."""
-    noise = keyed_noise([(seed, 0)], z.shape[1:], z.device)  # (1, N, C), the same for all
+def denoise(rae, model, z, labels, alpha, args):
+    """Noise latents z (B, N, C) and denoise them as labels: images (B, 3, H, W) in [0, 1]."""
+    timesteps = shift_time(torch.linspace(args.strength, 0, args.steps + 1), alpha)
     t = timesteps[0].item()
+    noise = seeded_noise([("explore", args.seed)], z.shape[1:], z.device)  # (1, N, C)
     x_t = (1 - t) * z + t * noise  # (B, N, C)
-    y = torch.tensor(labels, device=z.device)
-    z = sample(model, x_t, y, timesteps, cfg_scale=cfg_scale)
+    y = torch.tensor(labels, device=z.device)  # (B,)
+    z = sample(model, x_t, y, timesteps, cfg_scale=args.cfg_scale)  # (B, N, C)
     return rae.decode(z).clamp(0, 1)
 
 
-@torch.no_grad()
-def find_neighbours(encoder, images, data, batch_size=256):
-    """The nearest images of a data set to images (B, 3, H, W), by the mean of the encoder's tokens.
+def find_neighbors(encoder, images, data, batch_size=256):
+    """The images of a data set nearest to images (B, 3, H, W).
 
-    Returns their numbers (B, n) and cosines (B, n), the nearest first.
+    Returns them, (B, n, 3, H, W), and their cosine similarities, (B, n), nearest first.
     """
 
     def features(x):
         return F.normalize(encoder(x).mean(1), dim=1)  # (B, C)
 
-    theirs = []
-    for start in range(0, len(data), batch_size):
-        indices = range(start, min(start + batch_size, len(data)))
-        theirs.append(features(read_images(data, indices, images.device)))
-    similarity = features(images) @ torch.cat(theirs).T  # (B, number of images)
-    cosines, nearest = similarity.topk(min(NUM_NEIGHBOURS, len(data)))
-    return nearest, cosines
+    batches = rank_batches(len(data), batch_size)
+    loader = read_batches(data, batches, 0, images.device)
+    data_features = torch.cat([features(x) for x in loader])  # (len(data), C)
+    similarity = features(images) @ data_features.T  # (B, len(data))
+    cosines, indices = similarity.topk(min(NUM_NEIGHBORS, len(data)))  # (B, n)
+    neighbors = read_batches(data, indices.tolist(), 0, images.device)  # (n, 3, H, W) each
+    return torch.stack(list(neighbors)), cosines
 
 
 def main():
     args = get_args()
-    out = Path(args.out)
-    if out.suffix != ".png" or out.is_dir():
-        raise ValueError(f"--out {out}: wants a .png")
-    out.parent.mkdir(parents=True, exist_ok=True)
-
-    # The model, and the autoencoder in whose latents it was trained.
     device = torch.device(available_devices()[0])
-    model, run = load_model(args.ckpt)
-    model = model.to(device)
-    decoder = args.decoder or run.get("decoder")
-    if decoder is None:
-        raise ValueError(f"{args.ckpt}: the file does not name its decoder; pass --decoder")
-    rae = load_rae(
-        decoder, run.get("encoder"), run.get("encoder_weights"), run.get("stats"), device
-    )
-    check_fit(args.ckpt, model, run, rae)
-    alpha = run.get("alpha") or shift_alpha(*rae.latent_mean.shape)
 
-    # Classes. Between two images no class is right, and a model that was trained without labels
-    # knows none.
-    classes = args.classes or list(range(model.num_classes))
-    unlabelled = args.interpolate or run.get("label_drop") == 1
-    if args.classes == "null" or (args.classes is None and unlabelled):
-        classes = [model.num_classes]
-    elif not all(0 <= c < model.num_classes for c in classes):
-        raise ValueError(f"--classes {classes}: out of range 0 to {model.num_classes - 1}")
-    if (args.like or args.query) and len(classes) > MAX_CLASSES:
-        raise ValueError(f"{len(classes)} classes do not fit a sheet: pass some as --classes")
+    # Model, and the RAE that it was trained on
+    model, file = load_model(args.ckpt)
+    model.to(device)
+    settings = file.get("settings", {})
+    rae_files = file.get("rae", {})
+    if args.decoder:
+        rae_files["decoder"] = args.decoder
+    if not rae_files:
+        raise UsageError(f"{args.ckpt}: does not name its decoder; pass --decoder")
+    rae = load_rae(**rae_files, device=device)
+    check_latents(args.ckpt, model, file, rae)
+    alpha = settings.get("alpha") or shift_alpha(*rae.latent_mean.shape)
 
-    if args.neighbours:
-        # A row for each sample: the sample, then its neighbours.
-        data = open_data(args.neighbours, rae.image_size)
-        labels = balanced_labels(classes, NUM_PICTURES)
-        timesteps = time_grid(args.steps, alpha)
-        samples = generate(rae, model, labels, timesteps, args.seed, cfg_scale=args.cfg_scale)
-        nearest, cosines = find_neighbours(rae.encoder, samples, data)
-        rows = []
-        for image, indices in zip(samples, nearest.tolist()):
-            rows += [image[None], read_images(data, indices, device)]
-        pictures = torch.cat(rows)
-        columns = 1 + nearest.shape[1]
-        cosine = cosines[:, 0].mean().item()
-        print(f"samples, and the nearest of {len(data)} images (cosine {cosine:.3f})")
+    # Classes. An image between two others has no class of its own.
+    null = model.num_classes
+    classes = args.classes or list(range(null))[:10]
+    unlabeled = args.interpolate or settings.get("label_drop") == 1
+    if args.classes == "null" or (args.classes is None and unlabeled):
+        classes = [null]
+    elif not all(0 <= label < null for label in classes):
+        raise UsageError(f"--classes {classes}: must be between 0 and {null - 1}")
+
+    if args.like:
+        z = rae.encode(load_images([args.like], rae.image_size, device))  # (1, N, C)
+        z = z.repeat(len(classes), 1, 1)  # (len(classes), N, C)
+        pictures = denoise(rae, model, z, classes, alpha, args)
+        columns = min(len(classes), 10)
+    elif args.interpolate:
+        z = rae.encode(load_images(args.interpolate, rae.image_size, device))  # (2, N, C)
+        weight = torch.linspace(0, 1, NUM_IMAGES, device=device)[:, None, None]
+        z = torch.lerp(z[0], z[1], weight)  # (8, N, C)
+        labels = balanced_labels(classes, NUM_IMAGES)
+        pictures = denoise(rae, model, z, labels, alpha, args)
+        columns = NUM_IMAGES
     elif args.query:
-        # The image and its neighbours, and below them a row for each class: all of them as that.
+        # First row: the image and its neighbors. Then all of them as each class.
         path, folder = args.query
         query = load_images([path], rae.image_size, device)  # (1, 3, H, W)
         data = open_data(folder, rae.image_size)
-        nearest, cosines = find_neighbours(rae.encoder, query, data)
-        images = torch.cat([query, read_images(data, nearest[0].tolist(), device)])  # (8, 3, H, W)
+        neighbors, cosines = find_neighbors(rae.encoder, query, data)
+        images = torch.cat([query, neighbors[0]])  # (8, 3, H, W)
         z = rae.encode(images)  # (8, N, C)
-        timesteps = time_grid(args.steps, alpha, t_first=args.strength)
-        rows = [images]
-        for label in classes:
-            labels = [label] * len(z)
-            rows.append(denoise(rae, model, z, labels, timesteps, args.seed, args.cfg_scale))
-        pictures = torch.cat(rows)
+        rows = [denoise(rae, model, z, [label] * len(z), alpha, args) for label in classes]
+        pictures = torch.cat([images, *rows])
         columns = len(images)
-        print(f"{path}, and the nearest of {len(data)} images (cosine {cosines[0, 0]:.3f})")
+        print(f"{path} and the nearest of {len(data)} images (cosine {cosines[0, 0]:.3f})")
     else:
-        # One picture for each class, or one for each latent on the line between two images.
-        images = load_images(args.interpolate or [args.like], rae.image_size, device)
-        z = rae.encode(images)  # (1 or 2, N, C)
-        if args.interpolate:
-            labels = balanced_labels(classes, NUM_PICTURES)
-            weight = torch.linspace(0, 1, NUM_PICTURES, device=device)[:, None, None]
-            z = torch.lerp(z[0], z[1], weight)  # (8, N, C)
-        else:
-            labels = classes
-            z = z.repeat(len(classes), 1, 1)  # (number of classes, N, C)
-        timesteps = time_grid(args.steps, alpha, t_first=args.strength)
-        pictures = denoise(rae, model, z, labels, timesteps, args.seed, args.cfg_scale)
-        columns = len(labels) if len(labels) <= 10 else 8
-    save_sheet(pictures, out, columns)
-    print(f"wrote {out}")
+        # One row per sample: the sample, then its neighbors.
+        data = open_data(args.neighbors, rae.image_size)
+        labels = balanced_labels(classes, NUM_IMAGES)
+        timesteps = time_grid(args.steps, alpha)
+        samples = generate(rae, model, labels, timesteps, args.seed, cfg_scale=args.cfg_scale)
+        neighbors, cosines = find_neighbors(rae.encoder, samples, data)
+        pictures = torch.cat([samples[:, None], neighbors], dim=1)  # (8, 1 + n, 3, H, W)
+        columns = pictures.shape[1]
+        pictures = pictures.flatten(0, 1)
+        cosine = cosines[:, 0].mean()
+        print(f"samples and the nearest of {len(data)} images (cosine {cosine:.3f})")
+
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    save_grid(pictures, args.out, columns)
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(error_line(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

@@ -1,17 +1,17 @@
 # %% [markdown]
 # # Representation Autoencoders, live
 #
-# What the three changes of RAE ([paper](https://arxiv.org/abs/2510.11690)) do, on the toy of this
-# repository, in about five minutes of two CPU cores. Run it from top to bottom, and then change
-# something. In a hosted notebook clone the repository first, and go to its folder (`%cd`).
+# What the three ideas of RAE ([paper](https://arxiv.org/abs/2510.11690)) do, on this repository's
+# toy data, in about five minutes on two CPU cores. Run it from top to bottom, then change
+# something. In a hosted notebook, clone the repository and `%cd` into it first.
 #
-# Each part ends with the exercise of the [course](course.md) in which you write it yourself.
+# Most parts end with the [course](../docs/course.md) exercises in which you write that code.
 
 # %%
 import os
 
 if not os.path.exists("rae.py"):
-    os.chdir("..")  # this notebook lies in extras/
+    os.chdir("..")  # this notebook is in extras/
 # %pip install -q -r requirements.txt matplotlib ipywidgets
 
 # %%
@@ -25,7 +25,8 @@ from matplotlib import pyplot
 
 sys.path.insert(0, os.getcwd())
 from dit_dh import DiTDH, draw_time, flow_loss, sample, shift_time, time_grid
-from rae import load_rae, psnr, to_uint8, update_ema
+from rae import load_rae, psnr, update_ema
+from sample import to_uint8
 from toy.world import ToyShapes, toy_images
 
 torch.manual_seed(0)
@@ -51,44 +52,41 @@ def show(images, columns=8, width=8.0, titles=()):
 # %% [markdown]
 # ## 1. An image, its latent, and back
 #
-# A frozen encoder turns an image of 32 x 32 pixels into 16 tokens of 128 channels: that is the
-# latent z, once each channel at each place has mean 0 and variance 1. A decoder draws the image
-# from it. First row: images. Second: their tokens, with three principal components as colours: a
-# token says what is there, not how each pixel looks. Third: what the decoder makes of the latent.
+# A frozen encoder turns an image of 32 x 32 pixels into 16 tokens of 128 channels. Normalized to
+# mean 0 and variance 1 per channel and position, these are the latent z. A decoder reconstructs the
+# image from it. Top row: images. Middle: their tokens, with three principal components as colors: a
+# token tells what is there rather than how each pixel looks. Bottom: reconstructions.
 
 # %%
 rae = load_rae("toy")
 val = ToyShapes("val")
 images = torch.from_numpy(val.images[:8]).float() / 255  # (8, 3, 32, 32)
-with torch.no_grad():
-    z = rae.encode(images)  # (8, 16, 128)
-    back = rae.decode(z).clamp(0, 1)  # (8, 3, 32, 32)
+z = rae.encode(images)  # (8, 16, 128)
+reconstructions = rae.decode(z).clamp(0, 1)  # (8, 3, 32, 32)
 
-with torch.no_grad():
-    many = rae.encode(torch.from_numpy(val.images[:500]).float() / 255).flatten(0, 1)
+many = rae.encode(torch.from_numpy(val.images[:500]).float() / 255).flatten(0, 1)  # (8000, 128)
 _, _, directions = torch.pca_lowrank(many, q=3)  # (128, 3)
-colours = 0.5 + 0.08 * z @ directions  # (8, 16, 3)
-colours = colours.transpose(1, 2).unflatten(2, (4, 4)).clamp(0, 1)  # (8, 3, 4, 4)
-tokens = torch.nn.functional.interpolate(colours, size=(32, 32))  # (8, 3, 32, 32)
-show(torch.cat([images, tokens, back]))
+colors = 0.5 + 0.08 * z @ directions  # (8, 16, 3)
+colors = colors.transpose(1, 2).unflatten(2, (4, 4)).clamp(0, 1)  # (8, 3, 4, 4)
+tokens = torch.nn.functional.interpolate(colors, size=(32, 32))  # (8, 3, 32, 32)
+show(torch.cat([images, tokens, reconstructions]))
 print(f"latents {tuple(z.shape)}, mean {many.mean():.2f}, variance {many.var():.2f}")
-print(f"reconstructions at {psnr(back, images).mean():.1f} dB")
+print(f"reconstructions: PSNR {psnr(reconstructions, images).mean():.1f} dB")
 
 # %% [markdown]
 # @exercise 1
 
 # %% [markdown]
-# ## 2. The decoder knows noise
+# ## 2. A decoder that is robust to noise
 #
-# Diffusion will never hand over a latent that is quite right. So the decoder was trained on noisy
-# ones: tokens + sigma n, with sigma up to tau = 0.8. From left to right sigma grows.
+# Sampled latents are imperfect, so the decoder was trained on noisy tokens, tokens + sigma eps,
+# with sigma up to tau = 0.8. Here sigma grows from left to right.
 
 # %%
 sigmas = [0.0, 0.2, 0.4, 0.8, 1.2, 1.6, 2.4, 3.2]
-n = torch.randn(z.shape[1:])
-noisy = torch.stack([z[1] + sigma * n for sigma in sigmas])  # (8, 16, 128)
-with torch.no_grad():
-    show(rae.decode(noisy).clamp(0, 1), titles=[f"sigma {sigma:g}" for sigma in sigmas])
+eps = torch.randn(z.shape[1:])
+noisy = torch.stack([z[1] + sigma * eps for sigma in sigmas])  # (8, 16, 128)
+show(rae.decode(noisy).clamp(0, 1), titles=[f"sigma {sigma:g}" for sigma in sigmas])
 
 # %% [markdown]
 # @exercise 11
@@ -96,36 +94,35 @@ with torch.no_grad():
 # %% [markdown]
 # ## 3. Why the schedule is shifted
 #
-# Flow matching goes from data (t = 0) to noise (t = 1): x_t = (1 - t) x + t eps. Here is one image
-# drawn at 8, 16, 32 and 64 pixels, each under the same noise, t = 0.6. The more numbers an image
-# has, the better it shows through: the noise of each pixel is a new one, and the eye averages it
-# away. A latent of 16 x 128 numbers is such a large picture. So training has to spend its time
-# later, at more noise.
+# Flow matching goes from data (t = 0) to noise (t = 1): x_t = (1 - t) z + t eps. Here is one image
+# at 8, 16, 32 and 64 pixels, always with noise at t = 0.6. The more pixels, the more of the image
+# survives: every pixel has its own noise, and the eye averages it away. A latent of 16 x 128
+# numbers is like a large picture, so training has to spend its time at more noise.
 
 # %%
 t = 0.6
 panels = []
-for side in (8, 16, 32, 64):
-    x = 2 * torch.from_numpy(toy_images(2, seed=5, size=side)[0][1:]).float() / 255 - 1
-    x_t = (1 - t) * x + t * torch.randn(x.shape)  # (1, 3, side, side)
+for size in (8, 16, 32, 64):
+    x = 2 * torch.from_numpy(toy_images(2, seed=5, size=size)[0][1:]).float() / 255 - 1
+    x_t = (1 - t) * x + t * torch.randn(x.shape)  # (1, 3, size, size)
     panels.append(torch.nn.functional.interpolate(0.5 + 0.25 * x_t, size=(64, 64)))
 show(torch.cat(panels), columns=4, titles=["8 px", "16 px", "32 px", "64 px"])
 
 # %% [markdown]
-# The shift by alpha takes t to alpha t / (1 + (alpha - 1) t). Left: what it does to each t. Right:
-# the times at which the network is trained. For 256 tokens of 768 channels alpha is 6.93; for this
-# toy 4 was about the best of those tried.
+# The shift by alpha maps t to alpha t / (1 + (alpha - 1) t). Left: the shifted t. Right: the
+# distribution of training times. For 256 tokens of 768 channels alpha is 6.93; for this toy, 4 was
+# about the best we tried.
 
 # %%
 figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3))
 times = torch.linspace(0, 1, 101)
-drawn = draw_time(torch.rand(20_000))
+drawn = draw_time(20_000)
 for alpha in (1, 2, 4, 6.93):
     left.plot(times, shift_time(times, alpha), label=f"alpha {alpha:g}")
     right.hist(shift_time(drawn, alpha).numpy(), bins=60, histtype="step", density=True)
-left.set(xlabel="t", ylabel="t after the shift")
+left.set(xlabel="t", ylabel="shifted t")
 left.legend()
-right.set(xlabel="t after the shift", ylabel="how often it is drawn")
+right.set(xlabel="shifted t", ylabel="density")
 figure.tight_layout()
 display(figure)
 pyplot.close(figure)
@@ -138,10 +135,10 @@ pyplot.close(figure)
 # %% [markdown]
 # ## 4. Why the head must be wide (Theorem 1)
 #
-# The noise in a token has C channels, all independent. A transformer of width d < C has no room for
-# more than d of them: even on a single image, which it could learn by heart, its loss stays above
-# 1 - d / C. Here C is 32, the first channels of one latent. A plain DiT of each width learns that
-# one latent. The last model is as narrow as the narrowest, with a wide head behind it.
+# The noise in a token has C independent channels. A transformer of width d < C can represent at
+# most d of them: its loss stays above 1 - d / C even if it only has to memorize a single image.
+# Here C is 32, the first channels of one latent, and plain DiTs of several widths memorize it. The
+# last model is as narrow as the first, but has a wide head.
 
 # %%
 one = z[:1, :, :32].expand(64, -1, -1)  # (64, 16, 32)
@@ -184,10 +181,10 @@ for width, head in ((8, None), (16, None), (24, None), (32, None), (48, None), (
 # %% [markdown]
 # ## 5. Train a DiT^DH
 #
-# All of stage 2: a latent, a time, noise, the squared error of the velocity, a step. The model has
-# eight layers of width 64, cheap, and one of width 128, as wide as a token. The same with files,
-# logs and exact resume is [train_diffusion.py](../train_diffusion.py). A picture comes every 250
-# steps, a column for each class, always from the same noise.
+# This is all of stage 2: a latent, a time, noise, the squared error of the velocity, a step. The
+# model has eight cheap blocks of width 64 and one of width 128, as wide as a token. The same with
+# files, a log and exact resume is [train_diffusion.py](../train_diffusion.py). Every 250 steps we
+# draw samples, one column per class, always from the same noise.
 
 # %%
 alpha = 4.0
@@ -203,19 +200,17 @@ losses = []
 
 
 def draw(cfg_scale):
-    """Three pictures of each class, by the averaged weights."""
+    """Sample three images of each class from the EMA."""
     latents = sample(ema, preview_noise, preview_labels, time_grid(25, alpha), cfg_scale)
-    with torch.no_grad():
-        show(rae.decode(latents).clamp(0, 1), columns=10, titles=train.classes)
+    show(rae.decode(latents).clamp(0, 1), columns=10, titles=train.classes)
 
 
 for step in range(steps):
     for group in optimizer.param_groups:
-        group["lr"] = 5e-3 * min(1, (steps - step) / (0.75 * steps))  # the last 3/4: down to 0
+        group["lr"] = 5e-3 * min(1, (steps - step) / (0.75 * steps))  # decays after a quarter
     rows = torch.randint(len(labels), (64,))
-    with torch.no_grad():
-        z = rae.encode(torch.from_numpy(train.images[rows.numpy()]).float() / 255)  # (64, 16, 128)
-    # One label in ten is dropped: class 10 stands for none. Guidance will need that.
+    z = rae.encode(torch.from_numpy(train.images[rows.numpy()]).float() / 255)  # (64, 16, 128)
+    # Guidance needs an unconditional model too: replace 10% of the labels by the null label, 10.
     y = torch.where(torch.rand(64) < 0.1, 10, labels[rows])
     loss = flow_loss(model, z, y, alpha).mean()
     optimizer.zero_grad()
@@ -238,9 +233,9 @@ for step in range(steps):
 # %% [markdown]
 # ## 6. Guidance
 #
-# Classifier-free guidance goes further in the direction in which the label pulls:
-# v = v_null + s (v - v_null). Move the slider. At 1 there is none; much of it makes pictures
-# clearer, and more alike.
+# Classifier-free guidance extrapolates from the unconditional prediction to the conditional one:
+# v = v_null + s (v - v_null). Move the slider. A scale of 1 means no guidance; large scales make
+# samples clearer, and more alike.
 
 # %%
 ipywidgets.interact(
@@ -258,5 +253,5 @@ for cfg_scale in (0.0, 1.0, 3.0):
 # %% [markdown]
 # @exercise 8
 #
-# What to change next: `alpha = 1` in part 5, with the same number of steps. No head, or a
-# backbone as wide as the head. `predict="x"` in the model of part 4. Fewer steps in `time_grid`.
+# What to change next: `alpha = 1` in part 5, with the same number of steps. No head, or a backbone
+# as wide as the head. Fewer steps in `time_grid`.

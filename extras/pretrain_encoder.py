@@ -1,17 +1,16 @@
-"""Pretrain a small ViT encoder by masked autoencoding, for the toy world or own images.
+"""Pretrain a small ViT encoder as a masked autoencoder, on the toy world or your images.
 
     python extras/pretrain_encoder.py                                    # toy -> out/encoder.pt
-    python extras/pretrain_encoder.py --data FOLDER --out my_encoder.pt  # own images
-    python train_decoder.py --data FOLDER --encoder my_encoder.pt        # then a decoder for it
+    python extras/pretrain_encoder.py --data FOLDER --out my_encoder.pt  # your images
+    python train_decoder.py --data FOLDER --encoder my_encoder.pt        # then its decoder
 
-Half of the patches are hidden, and a small decoder must draw all of them from the rest. Unlike in
-MAE (He et al. 2022) the loss counts the visible patches too: with so few of them the last layer
-would otherwise drop its own pixels. Classes are not needed.
+The encoder sees half of the patches, and a one-block decoder predicts all of them. Unlike in MAE
+(He et al. 2022), the loss includes the visible patches: small encoders otherwise forget their own
+pixels in the last layer, and the RAE decoder needs them. Classes are not used.
 """
 
 import argparse
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -23,20 +22,20 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rae import (  # noqa: E402
     StepBatches,
+    UsageError,
+    atomic_save,
     available_devices,
-    error_line,
-    keyed_generator,
-    natural,
-    number,
+    bounded,
+    non_negative_int,
     open_data,
-    parse_flags,
     positive_int,
-    save_file,
+    run_script,
+    seeded_generator,
 )
 
 
 class MaskedAutoencoder(nn.Module):
-    """The encoder `vit`, and one block that draws all patches from those that the encoder saw."""
+    """The encoder `vit`, and a decoder of one block."""
 
     def __init__(self, vit, num_heads):
         super().__init__()
@@ -53,25 +52,26 @@ class MaskedAutoencoder(nn.Module):
         self.block = Block(width, num_heads, qkv_bias=True)
         self.pred = nn.Linear(width, self.patch_size**2 * 3)
 
-    def forward(self, images, order, num_seen):
-        """The loss, a number, on images (B, 3, H, W) in [-1, 1].
+    def forward(self, images, order, num_visible):
+        """The loss, a scalar, on images (B, 3, H, W) in [-1, 1].
 
-        order (B, N) holds the patches' numbers; the encoder sees the first num_seen of them.
+        order (B, N) is a permutation of the patches; the first num_visible are visible.
         """
-        # The encoder, on the patches that it may see.
-        seen = order[:, :num_seen, None]  # (B, seen, 1)
+        # Encoder, on the visible patches
+        visible = order[:, :num_visible, None]  # (B, visible, 1)
         x = self.vit.patch_embed(images) + self.vit.pos_embed  # (B, N, D)
-        x = x.gather(1, seen.expand(-1, -1, x.shape[2]))  # (B, seen, D)
-        x = self.vit.norm(self.vit.blocks(x))  # (B, seen, D)
+        x = x.gather(1, visible.expand(-1, -1, x.shape[2]))  # (B, visible, D)
+        x = self.vit.norm(self.vit.blocks(x))  # (B, visible, D)
 
-        # The decoder, on these tokens in their places and the mask token everywhere else.
+        # Decoder, on visible tokens in their places and mask tokens in all others
+        x = self.embed(x)  # (B, visible, D)
         masked = self.mask_token.expand(len(x), self.num_tokens, -1)  # (B, N, D)
-        full = masked.scatter(1, seen.expand_as(x), self.embed(x))  # (B, N, D)
-        full = self.block(full + self.pos_embed)  # (B, N, D)
-        drawn = self.pred(self.norm(full))  # (B, N, 3 p p)
+        x = masked.scatter(1, visible.expand_as(x), x)  # (B, N, D)
+        x = self.block(x + self.pos_embed)  # (B, N, D)
+        x = self.pred(self.norm(x))  # (B, N, 3 p p)
 
         target = F.unfold(images, self.patch_size, stride=self.patch_size)  # (B, 3 p p, N)
-        return (drawn - target.transpose(1, 2)).square().mean()
+        return (x - target.transpose(1, 2)).square().mean()
 
 
 def get_args():
@@ -81,26 +81,34 @@ def get_args():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--data", default="toy", help="toy, or a folder of images")
-    p.add_argument("--out", default="out/encoder.pt", help="the file to write")
-    # the encoder
+    p.add_argument("--out", default="out/encoder.pt", help="file to write")
+    # encoder
     p.add_argument("--image-size", type=positive_int, default=32, help="pixels")
-    p.add_argument("--patch", type=positive_int, default=8, help="pixels of a token's side")
+    p.add_argument("--patch", type=positive_int, default=8, help="patch size in pixels")
     p.add_argument("--width", type=positive_int, default=128, help="channels C of a token")
-    p.add_argument("--depth", type=positive_int, default=4, help="blocks")
+    p.add_argument("--depth", type=positive_int, default=4, help="number of blocks")
     p.add_argument("--heads", type=positive_int, default=4, help="attention heads")
-    # its training
-    p.add_argument("--mask", type=number(0, 1), default=0.5, help="share of hidden patches")
-    p.add_argument("--steps", type=positive_int, default=1500, help="optimiser steps")
-    p.add_argument("--batch-size", type=positive_int, default=128, help="images a step")
-    p.add_argument("--lr", type=number(0), default=2e-3, help="peak learning rate")
-    p.add_argument("--seed", type=natural, default=0, help="of everything random")
+    # training
+    p.add_argument("--mask", type=bounded(0, 1), default=0.5, help="share of masked patches")
+    p.add_argument("--steps", type=positive_int, default=1500, help="optimizer steps")
+    p.add_argument(
+        "--batch-size",
+        dest="global_batch_size",
+        metavar="N",
+        type=positive_int,
+        default=128,
+        help="images per step",
+    )
+    p.add_argument("--lr", type=bounded(0), default=2e-3, help="peak learning rate")
+    p.add_argument("--seed", type=non_negative_int, default=0, help="random seed")
     devices = available_devices()
-    p.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
-    return parse_flags(p)
+    p.add_argument("--device", choices=devices, default=devices[0])
+    p.set_defaults(micro_batch_size=None)  # StepBatches reads it
+    return p.parse_args()
 
 
 def learning_rate(step, args):
-    """50 steps of linear warm-up, and a cosine to zero over the whole run."""
+    """50 steps of linear warm-up, within a cosine to zero over the whole run."""
     warmup = min(1, (step + 1) / 50)
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
     return args.lr * min(warmup, cosine)
@@ -108,16 +116,14 @@ def learning_rate(step, args):
 
 def main():
     args = get_args()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("pretrain_encoder.py is for one process; run it without torchrun")
     if args.image_size % args.patch != 0 or args.width % args.heads != 0:
-        raise ValueError("--image-size must be a multiple of --patch, and --width of --heads")
+        raise UsageError("--image-size must be a multiple of --patch, and --width of --heads")
     out = Path(args.out)
-    if out.exists():
-        raise ValueError(f"{out}: exists already; remove it or pass another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after the work
+    if out.exists():  # a decoder may have been trained for it
+        raise UsageError(f"{out} already exists; delete it or change --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
-    # The model. The config goes into the file, and rae.build_encoder makes the same ViT of it.
+    # Model. load_encoder rebuilds the ViT from the config in the file.
     from timm.models.vision_transformer import VisionTransformer
 
     config = {
@@ -130,51 +136,44 @@ def main():
         "class_token": False,
         "global_pool": "",
     }
-    torch.manual_seed(args.seed)  # for the initial weights; every later draw has a key of its own
+    torch.manual_seed(args.seed)  # initial weights; every later draw is seeded by its place
     model = MaskedAutoencoder(VisionTransformer(**config), args.heads).to(args.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True
     )
     data = open_data(args.data, args.image_size)
-    batches = StepBatches(data, args.batch_size, args.seed, flip=True)
-    num_seen = max(1, round(model.num_tokens * (1 - args.mask)))
+    batches = StepBatches(data, args, flip=True, rank=0, world_size=1)
+    num_visible = max(1, round(model.num_tokens * (1 - args.mask)))
     num_parameters = sum(p.numel() for p in model.vit.parameters()) / 1e6
     print(f"{args.device}: {len(data)} images, {num_parameters:.2f}M parameters", flush=True)
 
-    began = time.time()
+    start = time.perf_counter()
     for step in range(args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
         images, _ = batches[step]
         images = images.to(args.device).float() / 127.5 - 1  # (B, 3, H, W)
+        generator = seeded_generator("mask", args.seed, step, device=args.device)
+        u = torch.rand(len(images), model.num_tokens, generator=generator, device=args.device)
+        order = u.argsort(1)  # (B, N), a random permutation per image
 
-        # A random order of the patches for each image.
-        g = keyed_generator(args.device, args.seed, step)
-        u = torch.rand(len(images), model.num_tokens, generator=g, device=args.device)
-        order = u.argsort(1)  # (B, N)
-
-        loss = model(images, order, num_seen)
-        optimizer.zero_grad()
+        loss = model(images, order, num_visible)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
         optimizer.step()
+        optimizer.zero_grad()
 
         done = step + 1
         if done % max(1, args.steps // 10) == 0:
-            rate = done * args.batch_size / (time.time() - began)
+            rate = done * args.global_batch_size / (time.perf_counter() - start)
             print(f"step {done}  loss {loss.item():.4f}  {rate:.0f} images/s", flush=True)
 
-    # Colours of [0, 1] become the [-1, 1] of this training by a mean and deviation of 0.5.
+    # Mean and std 0.5 turn [0, 1] into the [-1, 1] of this training.
     state = {name: weight.cpu() for name, weight in model.vit.state_dict().items()}
     half = (0.5, 0.5, 0.5)
-    save_file({"vit": config, "mean": half, "std": half, "state_dict": state}, out)
-    print(f"wrote {out} after {time.time() - began:.0f} s")
+    atomic_save({"vit": config, "mean": half, "std": half, "state_dict": state}, out)
+    print(f"wrote {out} after {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(error_line(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

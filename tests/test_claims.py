@@ -1,4 +1,4 @@
-"""extras/paper/claims.py on two experiments, the law of why_shift.py, the counts of costs.py."""
+"""extras/paper: two experiments of claims.py, the law of why_shift.py, the counts of costs.py."""
 
 import re
 import shutil
@@ -6,50 +6,71 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+
+from dit_dh import DiTDH
+from extras.paper.x_prediction import XPrediction
 
 
 def run_in_copy(tmp_path, *command):
-    """What a script of a copy of the repository prints; without matplotlib the test is skipped."""
-    pytest.importorskip("matplotlib", reason="it draws with matplotlib: pip install matplotlib")
+    """Run a script in a copy of the repository and return what it printed."""
+    pytest.importorskip("matplotlib", reason="needs pip install matplotlib")
     copy = tmp_path / "repo"
     if not copy.exists():
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("out", ".venv", ".git"))
-    done = subprocess.run([sys.executable, *command], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = subprocess.run([sys.executable, *command], cwd=copy, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_x_prediction_returns_the_velocity():
+    """If the last layer predicts z, the model returns eps - z; below t = 0.05, less than that."""
+    sizes = dict(latent_dim=8, grid_size=2, backbone=(16, 1, 2), wide_head=None, num_classes=3)
+    model = XPrediction(**sizes)
+    z = torch.randn(1, 1, 8).expand(3, 4, 8)
+    model.final_layer.linear.bias.data = z[0, 0]  # its weight starts at zero
+    eps = torch.randn(3, 4, 8)
+    t = torch.tensor([0.025, 0.3, 1.0])
+    x_t = (1 - t[:, None, None]) * z + t[:, None, None] * eps
+    share = torch.tensor([0.5, 1, 1])[:, None, None]
+    v = model(x_t, t, torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(v, share * (eps - z), rtol=0, atol=1e-5)
+    assert model.state_dict().keys() == DiTDH(**sizes).state_dict().keys()
 
 
 @pytest.mark.slow
-def test_claims_are_drawn_and_go_on(tmp_path):
-    """Two experiments of one seed; the second time all runs are there."""
+def test_claims_write_a_table_and_resume(tmp_path):
+    """Two experiments with one seed. The second time, all runs are done."""
     command = ["extras/paper/claims.py", "--quick", "--only", "width,steps"]
     first = run_in_copy(tmp_path, *command)
     second = run_in_copy(tmp_path, *command)
-    assert "6 runs, 0 of them made already" in first
-    assert "6 runs, 6 of them made already" in second
+    assert "6 runs, 0 of them done" in first
+    assert "6 runs, 6 of them done" in second
     assert "FAILED" not in first
     quick = tmp_path / "repo/out/claims/quick"
-    assert "too short" in (quick / "claims.md").read_text()
+    table = (quick / "claims.md").read_text()
+    assert "too short" in table
+    assert "nan" not in table
     assert (quick / "claims.png").is_file()
 
 
 @pytest.mark.slow
 def test_the_shift_follows_the_square_root(tmp_path):
-    """From 64 to 4,096 numbers of a latent, and from 192 to 12,288 of a picture."""
-    said = run_in_copy(tmp_path, "extras/paper/why_shift.py")
-    off = re.findall(r"each within ([\d.]+)%", said)
-    assert len(off) == 2
-    assert max(map(float, off)) < 5
+    """From 64 to 4,096 latent numbers, and from 192 to 12,288 pixel values."""
+    printed = run_in_copy(tmp_path, "extras/paper/why_shift.py")
+    errors = re.findall(r"each within ([\d.]+)%", printed)
+    assert len(errors) == 2
+    assert max(map(float, errors)) < 5
 
 
 @pytest.mark.slow
 def test_costs_are_the_papers():
-    """Counted as the paper's, the models have its numbers of multiply-adds."""
+    """Our models have the paper's numbers of multiply-adds, counted its way."""
     command = [sys.executable, "extras/paper/costs.py"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     counts = {}
-    for row in said.splitlines():
+    for row in printed.splitlines():
         cells = [cell.strip() for cell in row.split("|")]
         if len(cells) > 4 and re.fullmatch(r"[\d.]+", cells[3]):
             counts[cells[1]] = float(cells[3])

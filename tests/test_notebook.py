@@ -1,4 +1,4 @@
-"""extras/lab.ipynb is extras/lab.py, and runs from top to bottom."""
+"""extras/lab.ipynb has the cells of extras/lab.py, which runs from top to bottom."""
 
 import os
 import subprocess
@@ -12,10 +12,11 @@ def test_the_notebook_is_its_source():
     nbformat = pytest.importorskip("nbformat", reason="pip install nbformat")
     import notebook
 
-    kept = nbformat.read(ROOT / "extras/lab.ipynb", 4)
-    assert [cell.source for cell in kept.cells] == [cell.source for cell in notebook.build().cells]
+    saved = nbformat.read(ROOT / "extras/lab.ipynb", 4)
+    built = notebook.build()
+    assert [cell.source for cell in saved.cells] == [cell.source for cell in built.cells]
     pictures = 0
-    for cell in kept.cells:
+    for cell in saved.cells:
         if cell.cell_type == "code":
             pictures += sum("image/png" in output.get("data", {}) for output in cell.outputs)
     assert pictures >= 12
@@ -23,7 +24,7 @@ def test_the_notebook_is_its_source():
 
 @pytest.mark.slow
 def test_the_notebook_runs():
-    """As a script, without a notebook's server: 2 min 30 s on 2 CPU cores."""
+    """As a script, without a notebook server: 2 min 30 s on 2 CPU cores."""
     for package in ("ipywidgets", "matplotlib"):
         pytest.importorskip(package, reason=f"pip install {package}")
     environment = os.environ | {"MPLBACKEND": "Agg"}
@@ -36,6 +37,6 @@ def test_the_notebook_runs():
         timeout=1200,
     )
     assert done.returncode == 0, done.stderr
-    last = float(done.stdout.split("step 1000: loss ")[1].split()[0])
-    print(f"loss {last}")
-    assert last < 1.0
+    loss = float(done.stdout.split("step 1000: loss ")[1].split()[0])
+    print(f"loss {loss}")
+    assert loss < 1.0

@@ -1,9 +1,9 @@
-"""What the paper's cost claims rest on: multiply-adds at 256 px, computed from the models' sizes.
+"""Multiply-adds at 256 px behind the paper's cost claims, counted from the models.
 
     python extras/paper/costs.py                 # 10 s; prints a table
 
-The paper counts a multiply-add as one operation, and so does this table: GMAC are its "GFLOPs". Its
-counter leaves out attention's products of queries, keys and values; the second column does too.
+The paper counts a multiply-add as one operation, so its "GFLOPs" are GMAC here. Its counter leaves
+out the matrix products inside attention; so does the second column.
 """
 
 import sys
@@ -20,10 +20,8 @@ HEAD = (SIZES["G"][0], 2, SIZES["G"][2])
 
 
 def gmac(model, *inputs):
-    """10^9 multiply-adds of a forward pass, all and without attention's own products.
-
-    On the meta device nothing is computed.
-    """
+    """GMAC of a forward pass, with and without the matrix products inside attention."""
+    # On the meta device, nothing is computed or allocated.
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model()(*(torch.empty(shape, dtype=dtype) for shape, dtype in inputs))
     attention = 0
@@ -60,7 +58,7 @@ def vae(decoding):
     def residual(side, a, b):
         return conv(side, a, b) + conv(side, b, b) + (conv(side, a, b, 1) if a != b else 0)
 
-    # The middle, at 32 px: two residual blocks and attention between them.
+    # The middle, at 32 px: two residual blocks with attention between them
     attention = 2 * 1024**2 * 512
     total = 2 * residual(32, 512, 512) + 4 * 1024 * 512**2 + attention
     if decoding:
@@ -69,14 +67,14 @@ def vae(decoding):
         for side, a, b in levels:
             total += residual(side, a, b) + 2 * residual(side, b, b)
             if side < 256:
-                total += conv(2 * side, b, b)  # after the upsampling
+                total += conv(2 * side, b, b)  # after upsampling
     else:
         total += conv(256, 3, 128) + conv(32, 512, 8) + conv(32, 8, 8, 1)
         levels = [(256, 128, 128), (128, 128, 256), (64, 256, 512), (32, 512, 512)]
         for side, a, b in levels:
             total += residual(side, a, b) + residual(side, b, b)
             if side > 32:
-                total += conv(side // 2, b, b)  # the downsampling
+                total += conv(side // 2, b, b)  # downsampling
     return total / 1e9, (total - attention) / 1e9
 
 
@@ -99,11 +97,11 @@ def main():
         count = decoder(size)
         times = vae_decoder[1] / count[1]
         rows.append((f"decoder ViT-{size}", count, f"{paper}; {times:.1f} times less here"))
-    print("| | GMAC | without attention's products | the paper |\n| --- | --- | --- | --- |")
+    print("| | GMAC | without attention products | the paper |\n| --- | --- | --- | --- |")
     for name, (count, without), paper in rows:
         print(f"| {name} | {count:.1f} | {without:.1f} | {paper} |")
-    # Epochs until DiT-XL on RAE latents is as good, unguided, as the others are at their end.
-    print("\n| as good as, unguided | the paper | that is, epochs |\n| --- | --- | --- |")
+    # Epochs after which DiT-XL on RAE latents is as good as the others at the end, unguided
+    print("\n| as good as, unguided | the paper | in epochs |\n| --- | --- | --- |")
     print(f"| SiT-XL after 1,400 epochs | 47 times faster | {1400 / 47:.0f} |")
     print(f"| REPA-XL after 800 epochs | 16 times faster | {800 / 16:.0f} |")
 

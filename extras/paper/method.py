@@ -1,9 +1,9 @@
-"""Draw method.png: what happens to one toy image in training and in sampling, with shapes.
+"""Draw method.png: one toy image on its way through encoder, noise, DiT^DH and decoder.
 
     pip install matplotlib
     python train_diffusion.py && python extras/paper/method.py       # -> out/method.png
 
-All pictures are of the shipped autoencoder and the default run: nothing is drawn by hand but boxes.
+All images and latents are computed by the toy RAE and the default run.
 """
 
 import sys
@@ -14,18 +14,18 @@ from matplotlib import pyplot
 from matplotlib.patches import FancyBboxPatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from rae import keyed_noise, load_rae  # noqa: E402
+from rae import load_rae, seeded_noise  # noqa: E402
 from sample import load_model  # noqa: E402
 from toy.world import ToyShapes  # noqa: E402
 
-INDEX = 4  # a star
+STAR = 4
 T = 0.7
 BLUE = "#dbe7f5"  # frozen
 ORANGE = "#fbe3cf"  # trained
 
 
 def picture(axes, content, left, bottom, size, title):
-    """Show an image (H, W, 3) or a latent's numbers (N, C) in a corner of the figure."""
+    """Show an image (H, W, 3) or a latent (N, C) as an inset."""
     inset = axes.inset_axes((left, bottom, *size), transform=axes.transData)
     if content.ndim == 3:
         inset.imshow(content.clamp(0, 1), interpolation="nearest")
@@ -36,15 +36,15 @@ def picture(axes, content, left, bottom, size, title):
     inset.set_title(title, fontsize=8)
 
 
-def box(axes, left, bottom, size, text, colour):
-    patch = FancyBboxPatch((left, bottom), *size, boxstyle="round,pad=0.05", fc=colour, ec="grey")
+def box(axes, left, bottom, size, text, color):
+    patch = FancyBboxPatch((left, bottom), *size, boxstyle="round,pad=0.05", fc=color, ec="gray")
     axes.add_patch(patch)
-    centre = (left + size[0] / 2, bottom + size[1] / 2)
-    axes.text(*centre, text, ha="center", va="center", fontsize=8)
+    center = (left + size[0] / 2, bottom + size[1] / 2)
+    axes.text(*center, text, ha="center", va="center", fontsize=8)
 
 
 def arrow(axes, start, end):
-    axes.annotate("", end, start, arrowprops=dict(arrowstyle="->", color="grey"))
+    axes.annotate("", end, start, arrowprops=dict(arrowstyle="->", color="gray"))
 
 
 @torch.no_grad()
@@ -52,14 +52,14 @@ def main():
     rae = load_rae("toy")
     model, _ = load_model("out/diffusion/checkpoint.pt")
     toy = ToyShapes("val")
-    index = [i for i, label in enumerate(toy.labels) if label == INDEX][0]
+    index = toy.labels.tolist().index(STAR)
     image = torch.from_numpy(toy.images[index])[None].float() / 255  # (1, 3, 32, 32)
     z = rae.encode(image)  # (1, N, C)
-    eps = keyed_noise([(0, 0)], z.shape[1:], z.device)
-    x_t = (1 - T) * z + T * eps
-    v = model(x_t, torch.tensor([T]), torch.tensor([INDEX]))  # (1, N, C)
-    guess = x_t - T * v  # the latent that the velocity points to
-    drawn = rae.decode(guess)
+    eps = seeded_noise([("method", 0)], z.shape[1:], z.device)  # (1, N, C)
+    x_t = (1 - T) * z + T * eps  # (1, N, C)
+    v = model(x_t, torch.tensor([T]), torch.tensor([STAR]))  # (1, N, C)
+    guess = x_t - T * v  # (1, N, C), where the velocity points to
+    decoded = rae.decode(guess)  # (1, 3, 32, 32)
 
     figure, axes = pyplot.subplots(figsize=(11, 3.6))
     axes.set_xlim(0, 22.2)
@@ -80,7 +80,7 @@ def main():
     picture(axes, v[0], 15, 0.9, (2.6, 2), "velocity v, about eps - z")
     picture(axes, guess[0], 15, 3.9, (2.6, 2), "x_t - t v, a guess at z")
     box(axes, 17.95, 4.2, (1.75, 1.4), "decoder\n(ViT, trained\nwith noise)", ORANGE)
-    picture(axes, drawn[0].permute(1, 2, 0), 20.1, 3.9, (2, 2), "image")
+    picture(axes, decoded[0].permute(1, 2, 0), 20.1, 3.9, (2, 2), "image")
     for start, end in (
         ((2.1, 4.9), (2.65, 4.9)),
         ((4.65, 4.9), (5.2, 4.9)),
