@@ -182,8 +182,8 @@ class DiTDH(nn.Module):
     """DiT^DH (section 5, Fig. 5), or the plain DiT if wide_head is None.
 
     latent_dim is C. grid_size is the side of the latent grid, so N = grid_size ** 2. backbone and
-    wide_head are (width, depth, num_heads). Labels are 0 to num_classes - 1, plus the null label
-    num_classes. ValueError if the head dim is not a multiple of 4, as 2-D RoPE needs.
+    wide_head are (width, depth, num_heads); 2-D RoPE needs a head dim that is a multiple of 4.
+    Labels are 0 to num_classes - 1, plus the null label num_classes.
     """
 
     def __init__(self, latent_dim, grid_size, backbone, wide_head, num_classes):
@@ -204,10 +204,6 @@ class DiTDH(nn.Module):
         # Treat the plain DiT as one with a head of zero blocks, as wide as the backbone.
         width, depth, num_heads = backbone
         head_width, head_depth, head_num_heads = wide_head or (width, 0, num_heads)
-        if width % (4 * num_heads) != 0 or head_width % (4 * head_num_heads) != 0:
-            raise ValueError(
-                f"backbone {backbone}, head {wide_head}: head dim must be a multiple of 4"
-            )
 
         # In checkpoint names, s_ and enc_ stand for the backbone, x_ and dec_ for the head.
         # pos_embed and t_embedder.W are trained: the official module marks them as frozen, but its

@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import sys
 from datetime import timedelta
 from functools import lru_cache
@@ -203,8 +202,8 @@ class Decoder(nn.Module):
 class RAE(nn.Module):
     """Encoder, decoder, and the statistics that normalize the latents between them.
 
-    mean and var, (C, h, w), are per channel and position, over the training set. Diffusion models
-    z = (tokens - mean) / sqrt(var + 1e-5); the decoder takes the tokens themselves.
+    mean and var, (C, h, w), are per channel and position, over the training set. The diffusion
+    model is trained on z = (tokens - mean) / sqrt(var + 1e-5); the decoder takes plain tokens.
     """
 
     def __init__(self, encoder, decoder, mean, var):
@@ -256,8 +255,8 @@ RELEASED_DECODERS = {  # name: encoder, folder, decoder, statistics
     "siglip2-b": ("siglip2-b", "siglip2/base_p16_i256", "ViTXL_n08", "ImageNet1k"),
     "mae-b": ("mae-b", "mae/base_p16", "ViTXL_n08", "ImageNet1k"),
 }
-# Our parameter names and the official decoder's, which come from Hugging Face's ViT.
-# extras/to_official.py renames the other way.
+# Our parameter names and the official decoder's, which come from Hugging Face's ViT. In this order:
+# the last official name is part of another one. extras/to_official.py renames the other way.
 OFFICIAL_NAMES = [
     ("norm1.", "layernorm_before."),
     ("query.", "attention.attention.query."),
@@ -323,7 +322,7 @@ def load_timm(model, weights=None, **options):
     try:
         # Built with its classifier: only then does timm insist that the file has every tensor.
         net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the hub's client, torch and timm raise a dozen types
         raise UsageError(f"cannot load {model} from {weights or 'timm'}: {error}") from error
     net.reset_classifier(0)
     return net
@@ -352,7 +351,7 @@ def load_encoder(name, image_size, weights=None):
     vit = load_timm(model, weights, **options)
     if not isinstance(vit, VisionTransformer):
         raise UsageError(f"encoder {name}: not a plain ViT")
-    # Patches of 14 px see 256 px images at 224 px, so that they too give 16 x 16 tokens.
+    # Patch-14 encoders get 256 px images resized to 224, which also gives 16 x 16 tokens.
     patch_size = vit.patch_embed.patch_size[0]
     input_size = image_size * 14 // 16 if patch_size == 14 else image_size
     cfg = vit.pretrained_cfg
@@ -408,7 +407,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     var = statistics["var"]
     mean = statistics.get("mean", torch.zeros_like(var))  # some official files lack it
     rae = RAE(encoder, decoder, mean, var)
-    if "latent_hash" in file and file["latent_hash"] != rae.latent_hash():
+    if stats is None and file.get("latent_hash") not in (None, rae.latent_hash()):
         raise UsageError(f"{name}: its encoder has changed; restore it, or retrain the decoder")
     return rae.to(device).eval().requires_grad_(False)
 
@@ -425,6 +424,8 @@ def open_image(path):
     try:
         image = Image.open(path, formats=IMAGE_FORMATS)
         image.load()
+        if image.mode in ("I", "F") and image.format != "PNG":
+            raise ValueError("pixels of 32 bits")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit gray, which older Pillow opens in mode I
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -467,7 +468,7 @@ def list_images(root):
 
 
 class ImageFolder(Dataset):
-    """The images below a folder; every folder that holds some is a class. Item i is image i as
+    """The images below a folder; each folder that contains images is one class. Item i is image i,
     (3, size, size) uint8, center-cropped. For training, `load` applies crop(image, size, generator)
     instead, and mirrors the image if flip is true.
     """
@@ -507,7 +508,7 @@ def read_batches(data, batches, workers, device):
 
 class StepBatches(Dataset):
     """Item `step` is this rank's share of that step's global batch: images (b, 3, H, W) uint8 and
-    labels (b,). rows indexes the global batch, micro_batches slices this share.
+    labels (b,). rows: its positions in the global batch. micro_batches: slices of the share.
     """
 
     def __init__(self, data, args, flip, rank, world_size):
@@ -552,7 +553,7 @@ def epoch_order(seed, epoch, num_images):
 
 def seeded_generator(*key, device="cpu"):
     """A torch generator for a purpose and a place in the run: ("noise", seed, step, row)."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
+    digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
 
 
@@ -573,7 +574,7 @@ def setup_distributed(args):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         torch.cuda.set_device(device)
     if world_size > 1:
-        # After init_process_group, this import would keep the group alive at exit and crash gloo.
+        # Imported after init_process_group, timm keeps the group alive, and gloo crashes at exit.
         import timm  # noqa: F401
 
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -604,7 +605,7 @@ def print0(text):
 
 
 def progress(batches, description):
-    """A progress bar on rank 0, unless there is no terminal (None)."""
+    """A progress bar on rank 0, if there is a terminal (which tqdm checks for disable=None)."""
     return tqdm(batches, description, disable=get_rank() > 0 or None)
 
 
@@ -619,7 +620,7 @@ def rank_batches(n, batch_size):
 def update_ema(ema, model, decay, step):
     """ema <- d ema + (1 - d) model with d = min(decay, (1 + step) / (10 + step)).
 
-    Warming up d, which is ours, lets a short run forget its initial weights.
+    The warm-up of d is our addition: it lets a short run forget its initial weights.
     """
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
@@ -628,8 +629,7 @@ def update_ema(ema, model, decay, step):
 def check_same_run(out, saved, settings):
     """Raise UsageError unless the run in `out` used these settings."""
     for name in sorted(saved.keys() | settings.keys()):
-        there = saved.get(name)
-        here = settings.get(name)
+        there, here = saved.get(name), settings.get(name)
         if there != here:
             raise UsageError(f"{out} has a run with {name} {there}, not {here}; change --out")
 
@@ -670,7 +670,7 @@ def bounded(low, high=sys.float_info.max, kind=float):
 
     def parse(text):
         if not low <= kind(text) <= high:  # also false for NaN
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return kind(text)
 
     parse.__name__ = kind.__name__  # for argparse's messages
@@ -688,8 +688,8 @@ def available_devices():
 
 
 def parse_args(parser, presets):
-    """Add the flags that all scripts share, and parse the command line. --preset names a dict of
-    the other flags' defaults, those of the toy in --help; what it lacks of them is None.
+    """Add the flags that all scripts share, and parse the command line. --preset selects the other
+    flags' defaults (--help shows the toy's); flags that a preset omits are None.
     """
     devices = available_devices()
     precisions = ["auto", "fp32", "tf32", "bf16"]
@@ -716,5 +716,5 @@ def run_script(main):
         message = str(error).split("UsageError: ")[-1]
         sys.exit(f"error: {' '.join(message.split())}")
     except KeyboardInterrupt:
-        print("stopped; training and sampling resume with the same command", file=sys.stderr)
+        print0("stopped; training and sampling resume with the same command")
         sys.exit(130)

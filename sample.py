@@ -6,9 +6,9 @@
 
 (The "--" keeps torchrun from reading --num as an abbreviation of its own flag.)
 
-For --out NAME this writes NAME/000000.png and so on, then NAME.npz, all images as uint8
-(num, H, W, 3) for fid.py or ADM's evaluator, and NAME.png, a grid of the first 100. Batches that
-are already there are skipped, so rerun the same command to resume. The noise of image i depends on
+With --out NAME, the script writes NAME/000000.png, NAME/000001.png and so on, then NAME.npz, all
+images as uint8 (num, H, W, 3) for fid.py or ADM's evaluator, and NAME.png, a grid of the first 100.
+Finished batches are skipped; rerun the same command to resume. The noise of image i depends on
 (seed, i) alone.
 """
 
@@ -42,7 +42,7 @@ from rae import (
     setup_distributed,
 )
 
-# Batches fit 24 GB. The toy is guided by default; the paper's first ImageNet number is not.
+# Batches fit 24 GB. The ImageNet presets are unguided, like the paper's FID of 1.51.
 TOY = {"ckpt": "out/diffusion/checkpoint.pt", "num": 500, "cfg_scale": 1.5, "batch_size": 250}
 IMAGENET = {"num": 64, "cfg_scale": 1.0, "batch_size": 64}
 PRESETS = {
@@ -77,7 +77,7 @@ def get_args():
     p.add_argument("--alpha", type=bounded(1e-3), help="schedule shift (default: as in training)")
     p.add_argument("--cfg-scale", type=bounded(0), help="classifier-free guidance, 1: none")
     p.add_argument("--guidance-model", help="AutoGuidance: checkpoint of the weaker model")
-    p.add_argument("--guidance-scale", type=bounded(0), default=1.42, help="(512 px: 1.5)")
+    p.add_argument("--guidance-scale", type=bounded(0), default=1.42, help="with it (512 px: 1.5)")
     p.add_argument(
         "--interval",
         type=bounded(0, 1),
@@ -91,14 +91,14 @@ def get_args():
 
 
 def balanced_labels(classes, num):
-    """num labels that cycle through the classes, or evenly spaced ones if num is too small."""
+    """num labels that cycle through the classes; evenly spaced classes if num is smaller."""
     if num >= len(classes):
         return [classes[i % len(classes)] for i in range(num)]
     return [classes[i * len(classes) // num] for i in range(num)]
 
 
 def load_model(name):
-    """The EMA model of a checkpoint, official file or released:NAME, and the loaded file."""
+    """Load a checkpoint, official file or released:NAME -> (EMA model, the whole file)."""
     file = load(find_file(name))
     state = file.get("ema", file)
     if "final_layer.linear.weight" not in state:
@@ -130,7 +130,7 @@ def generate(
 ):
     """Sample and decode images (len(labels), 3, H, W) in [0, 1].
 
-    These are images first, first + 1, ... of this seed. guidance: see dit_dh.sample.
+    first is the index of the first image; it fixes the noise. guidance: see dit_dh.sample.
     """
     latent_shape = rae.latent_mean.shape  # (N, C)
     device = rae.latent_mean.device
@@ -170,7 +170,7 @@ def save_png(image, path):
 
 
 def claim_folder(folder, settings):
-    """Create the folder and note the settings in it. UsageError if it has images of others."""
+    """Create the folder and note the settings in it. UsageError if it was made with others."""
     path = folder / "settings.json"
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -180,7 +180,7 @@ def claim_folder(folder, settings):
     saved = json.loads(path.read_text())
     for name in settings:
         if saved.get(name) != settings[name]:
-            raise UsageError(f"{folder} has images with another {name}; delete it or change --out")
+            raise UsageError(f"{folder} was sampled with another {name}; delete it or change --out")
 
 
 def main():
@@ -217,8 +217,6 @@ def main():
     if args.guidance_model:
         guidance_model, guidance_file = load_model(args.guidance_model)
         check_latents(args.guidance_model, guidance_model, guidance_file, rae)
-        if guidance_model.num_classes != model.num_classes:
-            raise UsageError(f"{args.guidance_model} has another number of classes")
         guidance["guidance_model"] = guidance_model.to(device)
         guidance["guidance_scale"] = args.guidance_scale
     elif classes != [null]:
@@ -232,10 +230,11 @@ def main():
     timesteps = time_grid(args.steps, alpha, args.t_last)
     print0(f"{args.num} images in {args.steps} steps, alpha {alpha:.3f}")
 
-    # A folder belongs to one set of flags, so that settings don't mix. An overwritten checkpoint
-    # counts as another setting.
+    # A folder belongs to one set of flags, so that settings don't mix. A checkpoint that has been
+    # overwritten since counts as another setting.
     if rank == 0:
-        settings = vars(args) | {"ckpt_time": os.path.getmtime(find_file(args.ckpt))}
+        models = [args.ckpt, args.guidance_model or args.ckpt]
+        settings = vars(args) | {"model_times": [os.path.getmtime(find_file(m)) for m in models]}
         for name in ("out", "preset", "device", "batch_size"):
             del settings[name]
         claim_folder(folder, settings)

@@ -84,7 +84,7 @@ PRESETS = {
 # micro-batch size must stay: the GAN's adaptive weight is computed per micro-batch.
 MAY_CHANGE = """preset out device workers compile checkpoint_activations data val_data encoder
 encoder_weights lpips_weights vgg_weights dino_weights eval_every eval_num eval_sigma log_every
-save_every keep_every
+save_every
 """.split()
 LOSSES = ("l1", "perceptual", "g_loss", "disc_weight", "d_loss")  # in the log
 LPIPS_URL = (
@@ -380,7 +380,6 @@ def get_args():
     p.add_argument("--eval-num", type=positive_int, help="images to evaluate on")
     p.add_argument("--eval-sigma", type=bounded(0), default=0.8, help="noise of *_noisy numbers")
     p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
-    p.add_argument("--keep-every", type=positive_int, help="steps between kept EMA weights")
     args = rae.parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
     if args.image_size % args.upsample != 0:
         raise UsageError("--image-size must be a multiple of --upsample")
@@ -423,7 +422,7 @@ def evaluate(encoder, decoder, data, args, batch_size, lpips=None):
     numbers = defaultdict(float)
     features = defaultdict(list)
     grid = None
-    for batch, images in zip(batches, rae.read_batches(data, batches, args.workers, device)):
+    for images, batch in zip(rae.read_batches(data, batches, args.workers, device), batches):
         tokens = encoder(images)  # (B, N, C)
         keys = [("eval", args.seed, int(i)) for i in batch]
         eps = rae.seeded_noise(keys, tokens.shape[1:], device)  # (B, N, C)
@@ -512,6 +511,8 @@ def main():
     checkpoint = None
     if (out / "checkpoint.pt").exists():
         checkpoint = rae.load(out / "checkpoint.pt")
+        if "mean" not in checkpoint:
+            raise UsageError(f"{out} has another kind of run; change --out")
         mean = checkpoint["mean"]
         var = checkpoint["var"]
     else:
@@ -693,8 +694,6 @@ def main():
             save_grid(grid, out / f"grid_{done:07d}.png", columns=len(grid) // 3)
 
         # Save last, so that any log line and grid due at step N exist already.
-        if rank == 0 and args.keep_every and done % args.keep_every == 0:
-            rae.atomic_save({"ema": ema.state_dict(), **decoder_info}, out / f"ema_{done:07d}.pt")
         if rank == 0 and (done % args.save_every == 0 or final):
             checkpoint = {
                 "model": decoder.state_dict(),

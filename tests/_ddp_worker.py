@@ -1,10 +1,10 @@
-"""Run a training script, alone or under torchrun, and keep what its optimisers did.
+"""Run a training script, alone or under torchrun, and record what its optimizers did.
 
-    python ranks.py KEEP SCRIPT [flags]
+    python _ddp_worker.py FOLDER SCRIPT [flags]
 
-Each process writes KEEP/RANK.pt: for each optimiser the gradients of its first step and its
-parameters at the end, the names of the modules that DistributedDataParallel wrapped, and how many
-graphs were compiled. With EPS in the environment that becomes AdamW's eps.
+Each rank writes FOLDER/RANK.pt: for every optimizer the gradients of its first step and its final
+parameters, the names of the modules that DistributedDataParallel wrapped, and the number of
+compiled graphs. EPS in the environment sets AdamW's eps.
 """
 
 import os
@@ -20,7 +20,7 @@ optimizers = []
 wrapped = []
 
 
-class KeepingAdamW(torch.optim.AdamW):
+class RecordingAdamW(torch.optim.AdamW):
     def __init__(self, params, **options):
         super().__init__(params, **options, eps=float(os.environ.get("EPS", 1e-8)))
         self.first_gradients = None
@@ -35,24 +35,25 @@ class KeepingAdamW(torch.optim.AdamW):
         return super().step()
 
 
-class KeepingDDP(DistributedDataParallel):
+class RecordingDDP(DistributedDataParallel):
     def __init__(self, module, **options):
         super().__init__(module, **options)
         wrapped.append(type(module).__name__)
 
 
-torch.optim.AdamW = KeepingAdamW
-torch.nn.parallel.DistributedDataParallel = KeepingDDP
-keep = Path(sys.argv[1])
+torch.optim.AdamW = RecordingAdamW
+torch.nn.parallel.DistributedDataParallel = RecordingDDP
+folder = Path(sys.argv[1])
 rank = os.environ.get("RANK", "0")
 sys.argv = sys.argv[2:]
-try:
-    __import__(Path(sys.argv[0]).stem).main()
-except ValueError as error:
-    sys.exit(f"error: {error}")
-kept = []
+
+import rae  # noqa: E402  (after the patches)
+
+rae.run_script(__import__(Path(sys.argv[0]).stem).main)
+records = []
 for optimizer in optimizers:
     parameters = [p.detach() for p in optimizer.parameters()]
-    kept.append({"grads": optimizer.first_gradients, "params": parameters})
+    records.append({"grads": optimizer.first_gradients, "params": parameters})
 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-torch.save({"optimizers": kept, "wrapped": wrapped, "graphs": graphs}, keep / f"{rank}.pt")
+content = {"optimizers": records, "wrapped": wrapped, "graphs": graphs}
+torch.save(content, folder / f"{rank}.pt")

@@ -1,7 +1,6 @@
-"""Shared by the tests: the scripts run in this process at tiny sizes, on a small toy world."""
+"""Shared by the tests. Scripts run in this process at tiny sizes, on a small toy world."""
 
 import importlib.util
-import signal
 import sys
 from pathlib import Path
 
@@ -11,29 +10,25 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
-# What makes a command of the README small enough for a test; appended to it, so it wins.
+# Flags that make a command small enough for a test. They come last, and so they win.
 TRAINING = "--steps 4 --global-batch-size 8 --log-every 2 --save-every 2"
 TINY = {
     "train_decoder.py": f"{TRAINING} --eval-every 2 --eval-num 20",
-    "train_diffusion.py": f"{TRAINING} --sample-every 4",
+    "train_diffusion.py": f"{TRAINING} --sample-every 4 --backbone 16,1,2 --wide-head 24,1,2",
     "sample.py": "--num 20 --steps 2",
     "fid.py": "",
     "extras/pretrain_encoder.py": "--steps 4 --batch-size 8",
+    "extras/explore.py": "--steps 2",
+    "extras/reconstruct.py": "",
+    "extras/to_official.py": "",
 }
 
-
-# The README, and the pages that it links.
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def docs():
-    """The text of all of them."""
-    return "\n".join(path.read_text() for path in DOCS)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test draws the same random numbers, alone and after others."""
+    """A test draws the same random numbers alone and after other tests."""
     torch.manual_seed(0)
 
 
@@ -41,15 +36,14 @@ def seeded():
 def run(monkeypatch, tmp_path, capsys):
     """run("train_decoder.py", "--steps 4 ...") in an empty folder, on a small toy world.
 
-    It returns what the script printed. A script that stops with an error raises SystemExit, whose
-    text is the line that a user would see.
+    Returns what the script printed. A UsageError becomes SystemExit("error: ..."), the line that a
+    user would see. An argparse error is SystemExit(2), with the message in capsys's stderr.
     """
     import rae
     from toy import world
 
     monkeypatch.setattr(world, "TOY", {"train": (60, 0), "val": (30, 1)})
     monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def call(script, arguments="", tiny=True):
         name = "script_" + Path(script).stem
@@ -60,13 +54,7 @@ def run(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", [script, *words, *extra])
         spec.loader.exec_module(module)
         capsys.readouterr()
-        try:
-            module.main()
-        except (ValueError, OSError) as error:
-            raise SystemExit(rae.error_line(error)) from None
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        rae.run_script(module.main)
         return capsys.readouterr().out
 
     return call
@@ -79,11 +67,11 @@ def golden():
 
 
 def tokens(x):
-    """(B, C, h, w) as the released code has it -> (B, N, C)."""
+    """(B, C, h, w), as in the official code -> (B, N, C)."""
     return x.flatten(2).transpose(1, 2)
 
 
 def gap(a, b):
-    """The largest difference of two tensors."""
+    """The largest absolute difference between two tensors."""
     assert a.shape == b.shape, (a.shape, b.shape)
     return (a - b).abs().max().item()

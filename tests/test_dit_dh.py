@@ -249,13 +249,6 @@ def test_a_new_model_predicts_zero(wide_head):
         assert bias.abs().max() == 0
 
 
-def test_widths_that_do_not_divide():
-    with pytest.raises(ValueError, match="multiple of 4"):
-        DiTDH(6, 4, (18, 2, 3), (32, 2, 4), num_classes=3)
-    with pytest.raises(ValueError, match="multiple of 4"):
-        DiTDH(6, 4, (16, 2, 2), (36, 2, 6), num_classes=3)
-
-
 def test_every_parameter_learns():
     model = small_model_off_zero()
     z = torch.randn(4, 16, 6)

@@ -1,4 +1,4 @@
-"""The official code's numbers (tests/golden, commit a4d18c4), and its files: load, export, refuse."""
+"""The official code's numbers (tests/golden, commit a4d18c4); loading and exporting its files."""
 
 import re
 

@@ -1,13 +1,12 @@
-"""rae.py: images, the toy world, encoder, noise, statistics, files, and what the scripts share."""
+"""rae.py: images, the toy world, encoder, decoder, statistics, files, and the shared plumbing."""
 
 import argparse
 import copy
 import json
 import os
-import pickle
 import re
-import subprocess
-import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +15,10 @@ from conftest import ROOT, gap
 from PIL import Image
 
 import rae as R
-from dit_dh import DiTDH, load_released
+from rae import UsageError
+from sample import save_grid, to_uint8
 from toy import world
+from train_decoder import latent_statistics
 
 
 def save_images(folder, n, size=(40, 36), mode="RGB", suffix=".png", seed=0):
@@ -56,27 +57,27 @@ def test_folder_reads_every_kind_of_image(tmp_path):
         ("L", ".JPEG"),
         ("P", ".gif"),
         ("RGBA", ".PNG"),
+        ("RGB", ".webp"),
         ("CMYK", ".jpg"),
         ("1", ".bmp"),
     ]
     for mode, suffix in kinds:
-        save_images(tmp_path / "deep" / mode, 1, mode=mode, suffix=suffix)
-    (tmp_path / "deep" / "notes.txt").write_text("not an image")
+        save_images(tmp_path / "deep" / (mode + suffix), 1, mode=mode, suffix=suffix)
     data = R.ImageFolder(tmp_path, 32)
-    assert len(data) == 6
-    assert len(data.classes) == 6
+    assert len(data) == len(data.classes) == 7
     assert data.classes == sorted(data.classes)
-    for i in range(6):
-        image = data.load(i)
+    for i in range(7):
+        image = data[i]
         assert image.shape == (3, 32, 32)
         assert image.dtype == np.uint8
-        assert np.array_equal(data.load(i, flip=True), image[:, :, ::-1])
+        assert np.array_equal(data.load(i, None, False), image)
+        assert np.array_equal(data.load(i, None, True), image[:, :, ::-1])
 
 
 def test_flat_folder_is_one_class(tmp_path):
     save_images(tmp_path, 3)
     data = R.ImageFolder(tmp_path, 32)
-    assert data.classes == ["."]
+    assert len(data.classes) == 1
     assert data.labels.tolist() == [0, 0, 0]
 
 
@@ -87,48 +88,25 @@ def test_links_to_folders_are_followed(tmp_path):
     data = R.ImageFolder(tmp_path / "photos", 16)
     assert data.classes == ["ant", "cat"]
     assert data.labels.tolist() == [0, 0, 1, 1, 1]
-    assert data.names == ["ant/0.png", "ant/1.png", "cat/0.png", "cat/1.png", "cat/2.png"]
+    names = [os.path.relpath(path, tmp_path / "photos") for path in data.paths]
+    assert names == ["ant/0.png", "ant/1.png", "cat/0.png", "cat/1.png", "cat/2.png"]
     assert data[1].shape == (3, 16, 16)
 
-    # Twice the same folder is no loop; a link to a folder above is, also by way of another.
-    os.symlink(tmp_path / "elsewhere", tmp_path / "photos" / "bee")
-    assert len(R.ImageFolder(tmp_path / "photos", 16)) == 7
-    os.symlink(tmp_path / "photos", tmp_path / "elsewhere" / "up")
-    with pytest.raises(ValueError, match="ant/up: a link to a folder that it lies in"):
-        R.ImageFolder(tmp_path / "photos", 16)
 
-
-def test_what_is_no_class_is_skipped_or_refused(tmp_path):
-    for name in ("cat", "dog/brown", ".cache", "__MACOSX/cat"):
+def test_hidden_files_and_other_files_are_skipped(tmp_path, capsys):
+    for name in ("cat", "dog/brown", ".cache"):
         save_images(tmp_path / name, 2)
-    (tmp_path / "cat" / "._0.png").write_text("what a Mac adds to zip files")
-    (tmp_path / "cat" / "notes.txt").write_text("")
     data = R.ImageFolder(tmp_path, 16)
     assert data.classes == ["cat", "dog/brown"]
     assert len(data) == 4
+    assert capsys.readouterr().out == ""
 
-    # An image beside class folders would be a class of its own, which nobody means.
-    save_images(tmp_path / "dog", 1)
-    with pytest.raises(ValueError, match="images in the folder dog beside the class .* dog/brown"):
-        R.ImageFolder(tmp_path, 16)
-    os.remove(tmp_path / "dog" / "0.png")
-    save_images(tmp_path, 1)
-    with pytest.raises(ValueError, match=r"images in the folder \. beside the class folder cat"):
-        R.ImageFolder(tmp_path, 16)
-
-
-OPENING = """
-import sys, time
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/extras"]
-import bench
-import rae
-
-imports = bench.held_at_most()
-began = time.time()
-data = rae.ImageFolder("photos", 16)
-data.fingerprint()
-print(len(data), len(data.classes), time.time() - began, bench.held_at_most() - imports)
-"""
+    (tmp_path / "cat" / "notes.txt").write_text("")
+    (tmp_path / "dog" / "brown" / "._0.png").write_text("what a Mac adds to zip files")
+    assert len(R.ImageFolder(tmp_path, 16)) == 4
+    said = capsys.readouterr().out
+    assert said.startswith(f"{tmp_path}: skipped 2 files that are not images, such as ")
+    assert "notes.txt" in said
 
 
 @pytest.mark.slow
@@ -142,93 +120,47 @@ def test_a_large_folder_opens_quickly(tmp_path):
             (folder / f"n{i:08d}_{j}.JPEG").touch()
         if i % 2 == 0:
             os.symlink(folder, tmp_path / "photos" / folder.name)
-    command = [sys.executable, "-c", OPENING, str(ROOT)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    images, classes, seconds, held = map(float, done.stdout.split())
-    print(f"200,000 files open in {seconds:.2f} s and {held / 1e6:.0f} MB")
-    assert (images, classes) == (200000, 1000)
-    assert seconds < 4
-    assert held < 60e6
+    start = time.perf_counter()
+    data = R.ImageFolder(tmp_path / "photos", 16)
+    seconds = time.perf_counter() - start
+    print(f"200,000 files open in {seconds:.2f} s")
+    assert len(data) == 200000
+    assert len(data.classes) == 1000
+    assert seconds < 5
 
 
-def test_images_of_every_depth_turn_and_transparency(tmp_path):
-    """16 bits keep their range, EXIF turns, what is transparent is white; 32 bits are refused."""
+def test_16_bits_exif_and_transparency(tmp_path):
+    """16 bits keep their range, images are turned upright, transparent pixels become white."""
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    Image.fromarray(ramp).save(tmp_path / "deep.png")
-    pixels = np.asarray(R.open_image(tmp_path / "deep.png"))
-    assert np.abs(pixels[..., 0] - ramp / 257).max() < 1
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(ramp).save(tmp_path / name)
+        pixels = np.asarray(R.open_image(tmp_path / name))
+        assert pixels.shape == (8, 8, 3)
+        assert np.abs(pixels - ramp[..., None] / 257).max() <= 0.5
 
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise to look at it
+    exif[0x0112] = 6  # rotate clockwise to view
     image = Image.new("RGB", (10, 4))
     image.putpixel((0, 0), (255, 255, 255))
-    image.save(tmp_path / "turned.png", exif=exif)
-    turned = R.open_image(tmp_path / "turned.png")
-    assert turned.size == (4, 10)
-    assert turned.getpixel((3, 0)) == (255, 255, 255)
+    image.save(tmp_path / "rotated.png", exif=exif)
+    rotated = R.open_image(tmp_path / "rotated.png")
+    assert rotated.size == (4, 10)
+    assert rotated.getpixel((3, 0)) == (255, 255, 255)
 
-    half = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    half.putpixel((1, 1), (0, 0, 0, 255))
-    half.save(tmp_path / "clear.png")
-    clear = R.open_image(tmp_path / "clear.png")
-    assert clear.getpixel((0, 0)) == (255, 255, 255)
-    assert clear.getpixel((1, 1)) == (0, 0, 0)
-
-    Image.new("F", (4, 4)).save(tmp_path / "float.tif")
-    with pytest.raises(ValueError, match="float.tif: not readable.*32 bits"):
-        R.open_image(tmp_path / "float.tif")
-
-
-def test_thin_images_stay_small():
-    """Of a line of 1 x 65,000 pixels the middle is cropped, and then resized."""
-    line = Image.new("RGB", (1, 65000))
-    line.putpixel((0, 32500), (255, 255, 255))
-    for crop in (R.center_crop(line, 32), R.random_crop(line, 32, 40, np.random.default_rng(0))):
-        assert crop.size == (32, 32)
-    assert R.shorten(line).size == (1, 16)
-    assert np.asarray(R.shorten(line)).max() == 255
-
-
-READING_AN_IMAGE = """
-import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/extras"]
-import bench
-import rae
-
-imports = bench.held_at_most()
-rae.center_crop(rae.open_image(sys.argv[2]), 256)
-print(bench.held_at_most() - imports)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "I;16"])
-def test_the_largest_images_take_less_than_a_gigabyte(tmp_path, mode):
-    path = tmp_path / "large.png"
-    Image.new(mode, (2**13, R.MAX_PIXELS // 2**13)).save(path)
-    command = [sys.executable, "-c", READING_AN_IMAGE, str(ROOT), path]
-    assert 1e8 < float(subprocess.check_output(command)) < 1e9
-    Image.new("1", (2**13 + 1, R.MAX_PIXELS // 2**13)).save(path)
-    with pytest.raises(ValueError, match="8193 x 8192 pixels; reduce it first"):
-        R.open_image(path)
-
-
-def test_a_folder_says_what_it_skips(tmp_path, capsys):
-    save_images(tmp_path / "a", 2)
-    (tmp_path / "a" / "notes.txt").write_text("")
-    assert len(R.ImageFolder(tmp_path, 32)) == 2
-    assert "skipped 1 non-images, as 'notes.txt'" in capsys.readouterr().err
-
-
-def test_what_is_not_finite_is_neither_saved_nor_drawn(tmp_path):
-    R.save_file({"ema": {"w": torch.ones(2)}}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="a.pt: ema: w is not finite"):
-        R.save_file({"ema": {"w": torch.tensor([1, torch.nan])}}, tmp_path / "a.pt")
-    assert R.read_file(tmp_path / "a.pt")["ema"]["w"].tolist() == [1, 1]
-    with pytest.raises(ValueError, match="pictures are not finite"):
-        R.save_sheet(torch.full((1, 3, 8, 8), torch.nan), tmp_path / "a.png", 1)
-    assert not (tmp_path / "a.png").exists()
+    rgba = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    rgba.putpixel((1, 1), (0, 0, 0, 255))
+    rgba.putpixel((2, 2), (200, 0, 0, 128))
+    rgba.save(tmp_path / "rgba.png")
+    gray = Image.new("L", (4, 4))
+    gray.putpixel((1, 1), 50)
+    gray.save(tmp_path / "gray.png", transparency=0)
+    image = R.open_image(tmp_path / "rgba.png")
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert image.getpixel((1, 1)) == (0, 0, 0)
+    assert image.getpixel((2, 2)) == (227, 127, 127)
+    image = R.open_image(tmp_path / "gray.png")
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert image.getpixel((1, 1)) == (50, 50, 50)
 
 
 def test_broken_images_are_named(tmp_path):
@@ -236,62 +168,60 @@ def test_broken_images_are_named(tmp_path):
     whole = (tmp_path / "1.png").read_bytes()
     (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "2.png").write_text("text")
+    (tmp_path / "3.png").write_bytes(b"")
     data = R.ImageFolder(tmp_path, 32)
-    data.load(0)
-    for i in (1, 2):
-        with pytest.raises(ValueError, match=f"{i}.png: not readable"):
-            data.load(i)
+    assert data[0].shape == (3, 32, 32)
+    for i in (1, 2, 3):
+        for read in (data.__getitem__, lambda i: data.load(i, None, False)):
+            with pytest.raises(UsageError, match=f"{i}.png' cannot be read as an image"):
+                read(i)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no images"):
-        R.ImageFolder(tmp_path / "empty", 32)
-    with pytest.raises(ValueError, match="no such folder"):
-        R.ImageFolder(tmp_path / "none", 32)
+    for name in ("empty", "none"):
+        with pytest.raises(UsageError, match=f"{name}: no such folder, or no images in it"):
+            R.ImageFolder(tmp_path / name, 32)
 
 
-def test_random_crops_differ_and_stay_inside(tmp_path):
-    save_images(tmp_path, 1, size=(64, 48))
-    data = R.ImageFolder(tmp_path, 32, short_side=40)
-    crops = [data.load(0, np.random.default_rng(i)) for i in range(8)]
-    assert len({crop.tobytes() for crop in crops}) > 4
-    assert {crop.shape for crop in crops} == {(3, 32, 32)}
-
-
-def test_random_crops_are_cut_from_one_bicubic_step(tmp_path):
-    """As in the released training: no halving first, whatever the size."""
-    save_images(tmp_path, 1, size=(100, 64))
-    image = R.open_image(tmp_path / "0.png")
-    crop = np.asarray(R.random_crop(image, 16, 16, np.random.default_rng(0)))
-    resized = np.asarray(image.resize((25, 16), Image.BICUBIC))
-    assert any(np.array_equal(crop, resized[:, left : left + 16]) for left in range(10))
+def test_damaged_images_are_not_half_black(tmp_path):
+    """64 bytes of a PNG are overwritten, at many places. (Pillow misses damage near the end.)"""
+    y, x = np.mgrid[:40, :40]
+    noise = np.random.default_rng(0).integers(9, size=(40, 40, 3))
+    pixels = (np.stack([6 * x, 6 * y, 3 * (x + y)], 2) + noise).astype(np.uint8)
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path)
+    whole = path.read_bytes()
+    for start in range(len(whole) // 3, len(whole) * 5 // 6, 16):
+        path.write_bytes(whole[:start] + bytes(64) + whole[start + 64 :])
+        with pytest.raises(UsageError, match="a.png' cannot be read as an image"):
+            R.open_image(path)
 
 
 def test_a_folder_is_known_by_its_names(tmp_path):
     save_images(tmp_path / "photos" / "cats", 2)
     save_images(tmp_path / "photos" / "dogs", 2)
-    first = R.ImageFolder(tmp_path / "photos", 32).fingerprint()
+    first = R.ImageFolder(tmp_path / "photos", 32).fingerprint
     (tmp_path / "photos").rename(tmp_path / "moved")
-    assert R.ImageFolder(tmp_path / "moved", 32).fingerprint() == first
+    assert R.ImageFolder(tmp_path / "moved", 32).fingerprint == first
 
     (tmp_path / "moved" / "cats").rename(tmp_path / "moved" / "birds")
-    renamed = R.ImageFolder(tmp_path / "moved", 32).fingerprint()
+    renamed = R.ImageFolder(tmp_path / "moved", 32).fingerprint
     save_images(tmp_path / "moved" / "dogs", 3)
-    grown = R.ImageFolder(tmp_path / "moved", 32).fingerprint()
+    grown = R.ImageFolder(tmp_path / "moved", 32).fingerprint
     assert len({first, renamed, grown}) == 3
 
 
 @pytest.mark.parametrize("folder", ["imagenet_native", "imagenette/val", "cifar10/test"])
 def test_real_photographs(folder):
-    root = R.TOY.parent.parent / "shared" / "data" / folder
+    root = ROOT.parent / "shared" / "data" / folder
     if not root.is_dir():
         pytest.skip(f"needs the photographs of {folder} beside the repository")
     data = R.ImageFolder(root, 64)
-    for i in range(0, len(data), max(1, len(data) // 60)):
-        assert data.load(i).shape == (3, 64, 64)
+    for i in range(0, len(data), max(1, len(data) // 30)):
+        assert data[i].shape == (3, 64, 64)
 
 
 def test_uint8_rounds():
     x = torch.tensor([-1, 0, 0.499 / 255, 0.501 / 255, 254.6 / 255, 2])
-    assert R.to_uint8(x).tolist() == [0, 0, 0, 1, 255, 255]
+    assert to_uint8(x).tolist() == [0, 0, 0, 1, 255, 255]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -329,14 +259,16 @@ def test_the_toy_world_offers_what_a_folder_does(tmp_path, monkeypatch):
     toy = R.open_data("toy", 32)
     for data in (toy, folder):
         assert len(data) == len(data.labels)
-        assert data.load(1, None, False).shape == (3, 32, 32)
-        assert np.array_equal(data.load(1, flip=True), data.load(1)[:, :, ::-1])
-        assert len(data.fingerprint()) == 16
-        images = R.read_images(data, [1, 0], "cpu")
+        assert data[1].shape == (3, 32, 32)
+        assert data[1].dtype == np.uint8
+        assert np.array_equal(data.load(1, None, False), data[1])
+        assert np.array_equal(data.load(1, None, True), data[1][:, :, ::-1])
+        assert len(data.fingerprint) == 16
+        (images,) = R.read_batches(data, [[1, 0]], 0, "cpu")
         assert images.shape == (2, 3, 32, 32)
-        assert np.array_equal(R.to_uint8(images[0]), data.load(1))
+        assert np.array_equal(to_uint8(images[0]), data[1])
     assert len(R.open_data("toy", 32, "val")) == 20
-    assert R.open_data("toy", 32, "val").fingerprint() != toy.fingerprint()
+    assert R.open_data("toy", 32, "val").fingerprint != toy.fingerprint
 
 
 # ---------------------------------------------------------------------------------------------
@@ -348,7 +280,7 @@ def toy():
     return R.load_rae("toy")
 
 
-def test_latents_are_normalised_and_decode(toy):
+def test_latents_are_normalized_and_decode(toy):
     images = torch.from_numpy(world.toy_images(500, seed=1)[0]).float() / 255
     with torch.no_grad():
         z = toy.encode(images)
@@ -361,45 +293,20 @@ def test_latents_are_normalised_and_decode(toy):
     assert not any("vit" in name for name in toy.decoder.state_dict())
 
 
-def test_without_statistics_the_latent_is_the_raw_tokens(toy):
-    rae = R.RAE(toy.encoder, toy.decoder).eval()
+def test_normalization_by_hand(toy):
     images = torch.rand(2, 3, 32, 32)
+    mean = torch.randn(128, 4, 4)
+    var = torch.rand(128, 4, 4) + 0.5
+    rae = R.RAE(toy.encoder, toy.decoder, mean, var)
     with torch.no_grad():
         tokens = toy.encoder(images)
-        assert torch.equal(rae.encode(images), tokens)
-        assert torch.equal(rae.decode(tokens), rae.decode_tokens(tokens))
-        assert gap(toy.decode(toy.encode(images)), toy.decode_tokens(tokens)) < 1e-4
-
-
-@pytest.mark.parametrize(
-    "dist, mean", [("uniform", 0.4), ("half-normal", 0.8 * (2 / np.pi) ** 0.5)]
-)
-def test_noise_in_training_only(toy, dist, mean):
-    """The bounds are five standard deviations or more of what 2,000 images leave to chance."""
-    var = torch.full((128, 4, 4), 9.0)  # not heeded: the noise is of raw tokens
-    rae = R.RAE(toy.encoder, toy.decoder, var=var, tau=0.8, noise_dist=dist)
-    tokens = torch.ones(2000, 16, 128)
-    noise = rae.train().noised(tokens) - tokens
-    sigma = noise.std(dim=(1, 2))  # (2000,), each to 2%
-    assert abs(sigma.mean() - mean) < 0.06
-    assert sigma.std() > 0.2, "every image has a sigma of its own"
-    assert (sigma.max() < 0.92) == (dist == "uniform")
-    of_tokens = noise.std(dim=2) / sigma[:, None]  # (2000, 16), each to 6%
-    assert (of_tokens - 1).abs().max() < 0.4, "all tokens of an image share its sigma"
-    normal = noise / sigma[:, None, None]
-    assert abs(normal.mean()) < 0.01
-    assert abs((normal[0] * normal[1]).mean()) < 0.12, "every image has noise of its own"
-
-    assert torch.equal(rae.eval().noised(tokens), tokens)
-    assert torch.equal(R.RAE(toy.encoder, toy.decoder, tau=0.0).train().noised(tokens), tokens)
-
-    # Noise belongs to the image, not to the batch.
-    rae.train()
-    four = rae.noised(tokens[:4], [R.keyed_generator("cpu", 1, i) for i in range(4)])
-    two = rae.noised(tokens[:2], [R.keyed_generator("cpu", 1, i) for i in range(2, 4)])
-    assert torch.equal(four[2:], two)
-    assert len({image.std().item() for image in four}) == 4
-    assert four.std(dim=(1, 2)).min() > 0
+        z = rae.encode(images)
+        grid = z.transpose(1, 2).unflatten(2, (4, 4))  # (B, C, h, w)
+        want = (tokens.transpose(1, 2).unflatten(2, (4, 4)) - mean) / (var + 1e-5).sqrt()
+        assert gap(grid, want) < 1e-5
+        assert gap(rae.decode(z), toy.encoder.denormalize(toy.decoder(tokens))) < 1e-4
+    with pytest.raises(UsageError, match="encoder, decoder and statistics are for different"):
+        R.RAE(toy.encoder, toy.decoder, mean[:, :2, :2], var[:, :2, :2])
 
 
 @pytest.mark.parametrize("batch_size, num", [(7, 29), (4, 33), (100, 30)])
@@ -407,7 +314,9 @@ def test_statistics_equal_numpy(toy, batch_size, num, monkeypatch):
     """33 images in batches of 4 have a last batch of one. Some are read by a worker."""
     monkeypatch.setattr(world, "TOY", {"train": (num, 0)})
     data = world.ToyShapes()
-    mean, var = R.latent_statistics(toy.encoder, data, batch_size, "cpu", workers=num % 2)
+    mean, var = latent_statistics(
+        toy.encoder, data, batch_size, torch.device("cpu"), workers=num % 2
+    )
     assert mean.shape == var.shape == (128, 4, 4)
 
     # In the same batches: the encoder's rounding depends on their size.
@@ -424,7 +333,7 @@ def test_statistics_equal_numpy(toy, batch_size, num, monkeypatch):
     assert off < 1e-6, "the variance: divided by the number of views? summed in float64?"
 
 
-def test_encoder_gradients_reach_the_image_alone(toy):
+def test_only_images_get_gradients_from_the_encoder(toy):
     images = torch.rand(2, 3, 32, 32, requires_grad=True)
     toy.encoder(images).square().mean().backward()
     assert images.grad.abs().sum() > 0
@@ -432,15 +341,20 @@ def test_encoder_gradients_reach_the_image_alone(toy):
     assert not toy.encoder(torch.rand(1, 3, 32, 32)).requires_grad
 
 
-def test_fingerprints(toy):
-    rae = R.RAE(toy.encoder, toy.decoder)
-    assert rae.fingerprint() == R.RAE(toy.encoder, toy.decoder).fingerprint()
-    assert rae.fingerprint() != toy.fingerprint(), "other statistics"
-    assert rae.fingerprint() != toy.encoder.fingerprint()
-    tensors = {"a": torch.zeros(2), "b": torch.ones(2)}
-    assert R.hash_tensors(tensors) == R.hash_tensors({"a": torch.zeros(2), "b": torch.ones(2)})
-    assert R.hash_tensors(tensors) != R.hash_tensors(tensors | {"b": torch.zeros(2)})
-    assert R.hash_tensors(tensors) != R.hash_tensors({"a": torch.zeros(2), "c": torch.ones(2)})
+def toy_statistics():
+    file = R.load(R.find_file("toy"))
+    return file["mean"], file["var"]
+
+
+def test_latent_hash(toy):
+    same = R.RAE(toy.encoder, copy.deepcopy(toy.decoder), *toy_statistics())
+    assert same.latent_hash() == R.load_rae("toy").latent_hash() == toy.latent_hash()
+    mean, var = toy_statistics()
+    assert R.RAE(toy.encoder, toy.decoder, mean + 1e-3, var).latent_hash() != toy.latent_hash()
+    assert R.RAE(toy.encoder, toy.decoder, mean, 1.01 * var).latent_hash() != toy.latent_hash()
+    encoder = copy.deepcopy(toy.encoder)
+    encoder.vit.blocks[-1].mlp.fc2.bias += 1e-3
+    assert R.RAE(encoder, toy.decoder, mean, var).latent_hash() != toy.latent_hash()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -452,152 +366,180 @@ class Evil:
         return os.system, ("touch hacked",)
 
 
-READING = """
-import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/extras"]
-import bench
-import sample
-
-imports = bench.held_at_most()
-model, trained_with = sample.load_model("big.pt")
-print(bench.held_at_most() - imports, trained_with["seed"])
-"""
-
-
-def test_only_what_is_used_of_a_checkpoint_is_read(tmp_path):
-    """sample.py wants the EMA weights of a file that holds 400 MB of optimiser besides."""
-    model = DiTDH(8, 4, (16, 1, 2), None, num_classes=2)
-    optimizer = {"moments": torch.zeros(10**8)}
-    file = {"ema": model.state_dict(), "config": model.config, "args": {"seed": 3}}
-    torch.save(file | {"optimizer": optimizer}, tmp_path / "big.pt")
-    command = [sys.executable, "-c", READING, str(ROOT)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    held, seed = done.stdout.split()
-    assert int(held) < 50e6
-    assert seed == "3"
-    assert R.read_file(tmp_path / "big.pt")["optimizer"]["moments"].shape == (10**8,)
-
-    # A file in torch's old format cannot be mapped, and is read.
-    torch.save({"x": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert R.read_file(tmp_path / "old.pt")["x"].tolist() == [1, 1]
-
-
 def test_files_that_are_not_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"x": Evil()}, "evil.pt")
     torch.save({"x": torch.zeros(1000)}, "good.pt")
     whole = (tmp_path / "good.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "text.safetensors").write_text("hello")
-    for name in ("evil.pt", "half.pt", "text.pt", "text.safetensors"):
-        with pytest.raises(ValueError, match=f"{name}: cannot be read, truncated, or refused"):
-            R.read_file(name)
-    with pytest.raises(ValueError, match="none.pt: no such file"):
-        R.read_file("none.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        load_released("evil.pt")
+    (tmp_path / "page.pt").write_text("<!doctype html><html>")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"x": Evil()}, "evil.pt")
+    torch.save([1, 2, 3], "list.pt")
+    for name in ("half.pt", "text.pt", "page.pt", "empty.pt", "evil.pt", "list.pt"):
+        with pytest.raises(UsageError, match=f"{name}: not a readable checkpoint"):
+            R.load(name)
     assert not os.path.exists("hacked")
-    assert torch.equal(R.read_file("good.pt")["x"], torch.zeros(1000))
+    for name in ("none.pt", "."):
+        with pytest.raises(UsageError, match="no such file"):
+            R.load(name)
+    assert torch.equal(R.load("good.pt")["x"], torch.zeros(1000))
 
 
 class Broken:
-    """Its pickling fails as a full disk does, with the file begun."""
-
-    def __init__(self, error):
-        self.error = error
+    """Fails while it is pickled, like a full disk: the file has been started."""
 
     def __reduce__(self):
-        raise self.error
+        raise OSError("No space left on device")
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path):
+    path = tmp_path / "x.pt"
+    R.atomic_save({"step": 1}, path)
+    with pytest.raises(OSError, match="No space"):
+        R.atomic_save({"step": 2, "broken": Broken()}, path)
+    assert R.load(path) == {"step": 1}
+    R.atomic_save({"step": 2}, path)
+    assert R.load(path) == {"step": 2}
+    assert [f.name for f in tmp_path.iterdir()] == ["x.pt"], "no temporary file is left"
+
+
+def test_encoder_errors(tmp_path):
+    with pytest.raises(UsageError, match="dinov9: no such file, and not one of .*dinov2-b"):
+        R.load_encoder("dinov9", 32)
+    with pytest.raises(UsageError, match="released:dinov2-b: no such file"):
+        R.load_encoder("released:dinov2-b", 32)
+    with pytest.raises(UsageError, match="Unknown model"):
+        R.load_encoder("timm:no_such_model", 32)
+    torch.save({"ema": {}}, tmp_path / "decoder.pt")
+    with pytest.raises(UsageError, match="decoder.pt: not an encoder"):
+        R.load_encoder(str(tmp_path / "decoder.pt"), 32)
+    with pytest.raises(UsageError, match="encoder input of 30 px: not a multiple of 8"):
+        R.load_encoder("toy", 30)
 
 
 @pytest.mark.parametrize(
-    "error", [OSError("No space left on device"), RuntimeError("write\nfailed")]
+    "model, message",
+    [("resnet18", "resnet18"), ("eva02_tiny_patch14_224", "eva02.* not a plain ViT")],
 )
-def test_a_failed_save_keeps_the_old_file(tmp_path, error):
-    path = tmp_path / "x.pt"
-    R.save_file({"step": 1}, path)
-    with pytest.raises(ValueError, match=r"x.pt: cannot be saved \((No space|write\))") as caught:
-        R.save_file({"step": 2, "broken": Broken(error)}, path)
-    assert "\n" not in str(caught.value)
-    assert R.read_file(path) == {"step": 1}
-    assert [f.name for f in tmp_path.iterdir()] == ["x.pt"], "the temporary file is gone"
-    R.save_file({"step": 2}, path)
-    assert R.read_file(path) == {"step": 2}
-    assert [f.name for f in tmp_path.iterdir()] == ["x.pt"]
-
-
-def test_encoder_errors(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match="dinov9: no such file, nor one of toy, .*dinov2-b"):
-        R.build_encoder("dinov9", 32)
-    with pytest.raises(ValueError, match="released:dinov2-b: no such file"):
-        R.build_encoder("released:dinov2-b", 32)
-    with pytest.raises(ValueError, match="Unknown model"):
-        R.build_encoder("timm:no_such_model", 32)
-    with pytest.raises(ValueError, match="a plain ViT"):
-        R.build_encoder("timm:resnet18", 32, weights="x.pt")
-    torch.save({"ema": {}}, tmp_path / "decoder.pt")
-    with pytest.raises(ValueError, match="decoder.pt: not an encoder file"):
-        R.build_encoder(str(tmp_path / "decoder.pt"), 32)
-    with pytest.raises(ValueError, match="encoder input 30 is not a multiple of its patch"):
-        R.build_encoder("toy", 30)
-
-
-def test_encoder_that_cannot_be_fetched(monkeypatch):
+def test_encoders_that_are_not_plain_vits(tmp_path, model, message):
     import timm
 
-    def offline(*args, **options):
-        raise ConnectionError("no route")
+    torch.save(timm.create_model(model, pretrained=False).state_dict(), tmp_path / "net.pt")
+    with pytest.raises(UsageError, match=message):
+        R.load_encoder(f"timm:{model}", 224, tmp_path / "net.pt")
 
-    monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ValueError, match="the weights of vit_base.*--encoder-weights"):
-        R.build_encoder("dinov2-b", 256)
+
+def test_encoder_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UsageError, match="cannot load vit_tiny_patch16_224 from timm: "):
+        R.load_encoder("timm:vit_tiny_patch16_224", 32)
+    with pytest.raises(UsageError, match="cannot load vit_small_patch8_224.dino from .*x.pt: "):
+        R.load_encoder("dino-s8", 224, tmp_path / "x.pt")
+
+
+def test_encoder_file_is_the_toy_encoder(toy, tmp_path):
+    torch.save(torch.load(R.TOY / "encoder.pt", weights_only=True), tmp_path / "mine.pt")
+    encoder = R.load_encoder(str(tmp_path / "mine.pt"), 32)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(encoder(images), toy.encoder(images))
+    assert R.load_encoder("toy", 64)(images).shape == (2, 64, 128)
+
+
+@pytest.fixture(scope="module")
+def vit():
+    """A small timm ViT with random weights and its classifier."""
+    import timm
+
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", pretrained=False)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_encoder_from_a_local_file(suffix, tmp_path):
-    import timm
+def test_encoder_from_a_local_file(vit, suffix, tmp_path):
     from safetensors.torch import save_file
 
+    def save(state, path):
+        save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+
     path = tmp_path / f"weights{suffix}"
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=5)  # its classifier is not needed
-    if suffix == ".safetensors":
-        save_file(vit.state_dict(), path)
-    else:
-        torch.save(vit.state_dict(), path)
-    encoder = R.build_encoder("timm:vit_tiny_patch16_224", 64, path)
-    assert torch.equal(encoder.vit.blocks[3].mlp.fc1.weight, vit.blocks[3].mlp.fc1.weight)
-    assert encoder(torch.rand(1, 3, 64, 64)).shape == (1, 16, 192)
+    save(vit.state_dict(), path)
+    encoder = R.load_encoder("timm:vit_tiny_patch16_224", 224, path)
+    images = torch.rand(2, 3, 224, 224)
+    want = copy.deepcopy(vit).eval()
+    want.norm = torch.nn.LayerNorm(192, eps=1e-6, elementwise_affine=False)
+    with torch.no_grad():
+        assert gap(encoder(images), want.forward_features(2 * images - 1)[:, 1:]) < 1e-5
+    small = R.load_encoder("timm:vit_tiny_patch16_224", 64, path)
+    assert small(torch.rand(1, 3, 64, 64)).shape == (1, 16, 192)
 
     state = vit.state_dict()
     del state["blocks.0.norm1.bias"]
-    torch.save(state, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match="Missing key.*blocks.0.norm1.bias"):
-        R.build_encoder("timm:vit_tiny_patch16_224", 64, tmp_path / "bad.pt")
+    save(state, path)
+    with pytest.raises(UsageError, match="cannot load vit_tiny(?s:.*)blocks.0.norm1.bias"):
+        R.load_encoder("timm:vit_tiny_patch16_224", 64, path)
 
 
-def test_decoder_of_other_encoder_weights(tmp_path):
-    file = R.read_file(R.released_file("toy"))
-    torch.save(file | {"encoder_hash": "0" * 16}, tmp_path / "d.pt")
-    with pytest.raises(ValueError, match="made for encoder weights 0000"):
+def test_patches_of_14_px_see_224(monkeypatch):
+    """256 px images give 16 x 16 tokens with every encoder, and 512 px ones 32 x 32."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    def load_timm(model, weights, **options):
+        patch_size = 14 if "patch14" in model else 16
+        net = VisionTransformer(patch_size=patch_size, embed_dim=12, depth=1, num_heads=1)
+        net.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        return net
+
+    monkeypatch.setattr(R, "load_timm", load_timm)
+    for name, image_size, input_size, grid_size in (
+        ("dinov2-b", 256, 224, 16),
+        ("dinov2-b", 512, 448, 32),
+        ("mae-b", 256, 256, 16),
+    ):
+        encoder = R.load_encoder(name, image_size)
+        assert encoder.input_size == input_size
+        assert encoder.grid_size == grid_size
+
+
+def test_decoder_of_a_changed_encoder(tmp_path):
+    """The decoder's file names a file that was retrained in the meantime."""
+    file = R.load(R.find_file("toy")) | {"encoder": str(tmp_path / "mine.pt")}
+    encoder = torch.load(R.TOY / "encoder.pt", weights_only=True)
+    torch.save(file, tmp_path / "d.pt")
+    torch.save(encoder, tmp_path / "mine.pt")
+    assert R.load_rae(tmp_path / "d.pt").latent_hash() == file["latent_hash"]
+
+    encoder["state_dict"]["blocks.1.attn.proj.bias"] += 1e-3
+    torch.save(encoder, tmp_path / "mine.pt")
+    with pytest.raises(UsageError, match="d.pt: its encoder has changed"):
         R.load_rae(tmp_path / "d.pt")
+
+
+def test_decoders_that_are_not_whole(tmp_path):
+    file = R.load(R.find_file("toy"))
     torch.save(file["ema"], tmp_path / "bare.pt")
-    with pytest.raises(ValueError, match="does not name its encoder"):
+    with pytest.raises(UsageError, match="bare.pt: .*pass --encoder and --stats"):
         R.load_rae(tmp_path / "bare.pt")
-    with pytest.raises(ValueError, match="no latent statistics"):
+    with pytest.raises(UsageError, match="bare.pt: .*pass --encoder and --stats"):
         R.load_rae(tmp_path / "bare.pt", encoder="toy")
+    with pytest.raises(UsageError, match="encoder.pt: not an RAE decoder"):
+        R.load_rae(R.TOY / "encoder.pt")
+    del file["ema"]["decoder_norm.bias"]
+    with pytest.raises(RuntimeError, match="decoder_norm.bias"):
+        R.load_decoder(file)
 
 
-def test_a_bare_decoder_with_its_statistics(tmp_path):
-    """As released: a state dict alone, whose tokens stand for 16 px each."""
-    import timm
-
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+def test_a_bare_decoder_with_its_statistics(vit, tmp_path):
+    """As in the official release: only a state dict, with one token per 16 encoded px."""
     torch.save(vit.state_dict(), tmp_path / "vit.pt")
-    torch.save(R.Decoder(192, 2, 8, 768, 1, 12, 64).state_dict(), tmp_path / "bare.pt")
+    state = R.Decoder(192, 2, 8, 768, 1, 12, 64).state_dict()
+    for ours, official in R.OFFICIAL_NAMES:
+        state = {re.sub(rf"(layers\.0\.){ours}", rf"\1{official}", k): v for k, v in state.items()}
+    assert "decoder_layers.0.attention.attention.query.weight" in state
+    torch.save(state, tmp_path / "bare.pt")
     torch.save({"var": torch.full((192, 2, 2), 4.0)}, tmp_path / "stats.pt")
     rae = R.load_rae(
         tmp_path / "bare.pt",
@@ -606,155 +548,191 @@ def test_a_bare_decoder_with_its_statistics(tmp_path):
         stats=tmp_path / "stats.pt",
     )
     assert rae.encoder.input_size == 32
-    assert rae.image_size == 16  # this decoder draws 8 px for each token
+    assert rae.image_size == 16  # this decoder has patches of 8 px
     assert not rae.training
+    assert not any(p.requires_grad for p in rae.parameters())
     images = torch.rand(2, 3, 32, 32)
     assert gap(rae.encode(images), rae.encoder(images) / (4 + 1e-5) ** 0.5) < 1e-6
     assert rae.decode(rae.encode(images)).shape == (2, 3, 16, 16)
 
 
-def test_released_names(monkeypatch):
+def test_released_names(monkeypatch, tmp_path):
     import huggingface_hub
+    from huggingface_hub import constants, errors
 
     asked = []
 
     def download(repository, file, revision):
+        assert repository == "nyu-visionx/RAE-collections"
         assert re.fullmatch("[0-9a-f]{40}", revision)
-        asked.append((repository, file))
+        asked.append(file)
         return "x"
 
-    def offline(repository, file, revision):
-        raise ConnectionError
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "hf_hub_download", download)
+        assert R.find_file("a/b.pt") == "a/b.pt"
+        assert R.find_file(tmp_path) == tmp_path
+        assert R.find_file("toy") == R.TOY / "decoder.pt"
+        assert asked == []
+        assert R.find_file("released:mae-b") == "x"
+        assert R.find_file("released:ImageNet256/DiTDH-XL") == "x"
+    assert asked == [
+        "decoders/mae/base_p16/ViTXL_n08/model.pt",
+        "DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt",
+    ]
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert R.released_file("a/b.pt") == "a/b.pt"
-    assert asked == []
-    assert R.released_file("released:mae-b", statistics=True) == "x"
-    assert asked == [("nyu-visionx/RAE-collections", "stats/mae/base_p16/ImageNet1k/stat.pt")]
-    with pytest.raises(ValueError, match="DiTDH-XL-256"):
-        R.released_file("released:nothing")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(ValueError, match="cannot be fetched .* pass its path"):
-        R.released_file("released:dinov2-b")
+    def missing(repository, file, revision):
+        raise errors.LocalEntryNotFoundError(f"{file} is not there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "hf_hub_download", missing)
+        with pytest.raises(UsageError, match="cannot download DiTs/.*/nothing/stage2_model.pt"):
+            R.find_file("released:nothing")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UsageError, match="cannot download decoders/dinov2/.* from huggingface.co"):
+        R.find_file("released:dinov2-b")
+
+
+def test_a_released_rae_is_put_together(vit, tmp_path, monkeypatch):
+    """Decoder and statistics are downloaded; the encoder is the one of its training."""
+    monkeypatch.setitem(R.ENCODERS, "mae-b", ("vit_tiny_patch16_224", False, {}))
+    torch.save(vit.state_dict(), tmp_path / "vit.pt")
+    torch.save(R.Decoder(192, 2, 16, 768, 1, 12, 64).state_dict(), tmp_path / "model.pt")
+    torch.save({"var": torch.ones(192, 2, 2)}, tmp_path / "stat.pt")
+    asked = []
+
+    def download(file):
+        asked.append(file)
+        return tmp_path / file.split("/")[-1]
+
+    monkeypatch.setattr(R, "download", download)
+    rae = R.load_rae("released:mae-b", encoder_weights=tmp_path / "vit.pt")
+    assert rae.image_size == 32
+    assert torch.equal(rae.encoder.vit.blocks[3].mlp.fc1.weight, vit.blocks[3].mlp.fc1.weight)
+    assert asked == [
+        "decoders/mae/base_p16/ViTXL_n08/model.pt",
+        "stats/mae/base_p16/ImageNet1k/stat.pt",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------
 # Processes and random numbers
 
 
-def test_one_process_without_a_group():
-    assert R.rank_and_world_size() == (0, 1)
-    x = torch.tensor([1.0, 2.0])
-    assert R.all_reduce_mean(x) is x
-    assert x.tolist() == [1, 2]
+def step_batches(data, n=6, seed=0, flip=True, rank=0, world_size=1, micro=None):
+    args = SimpleNamespace(global_batch_size=n, micro_batch_size=micro, seed=seed)
+    return R.StepBatches(data, args, flip, rank, world_size)
 
 
-def test_one_process_in_a_group():
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        assert R.rank_and_world_size() == (0, 1)
-        assert R.all_reduce_mean(torch.tensor([1.0, 2.0])).tolist() == [1, 2]
-    finally:
-        dist.destroy_process_group()
+def corner_crop(image, size, generator):
+    left = int(torch.randint(image.width - size + 1, (), generator=generator))
+    return image.crop((left, 0, left + size, size))
 
 
-def test_batches_depend_on_seed_and_step_alone(tmp_path):
+def test_batches_depend_only_on_seed_and_step(tmp_path):
     save_images(tmp_path, 11, size=(48, 40))
-    data = R.ImageFolder(tmp_path, 32, short_side=36)
-    whole = R.StepBatches(data, 6, 0, flip=True)
-    again = R.StepBatches(data, 6, 0, flip=True)
-    other = R.StepBatches(data, 6, 1, flip=True)
-    halves = [R.StepBatches(data, 6, 0, flip=True, rank=rank, world_size=2) for rank in (0, 1)]
+    data = R.ImageFolder(tmp_path, 32, corner_crop)
+    whole = step_batches(data)
+    again = step_batches(data)
+    other = step_batches(data, seed=1)
+    halves = [step_batches(data, rank=rank, world_size=2) for rank in (0, 1)]
     assert list(halves[1].rows) == [3, 4, 5]
+    assert whole.micro_batches == [slice(0, 6)]
+    micro = step_batches(data, rank=1, world_size=2, micro=2)
+    assert [list(micro.rows[m]) for m in micro.micro_batches] == [[3, 4], [5]]
     for step in (5, 0, 3):  # in any order
         images = torch.cat([half[step][0] for half in halves])
+        labels = torch.cat([half[step][1] for half in halves])
         assert images.dtype == torch.uint8
         assert torch.equal(images, whole[step][0])
+        assert torch.equal(labels, whole[step][1])
         assert torch.equal(images, again[step][0])
     assert not torch.equal(whole[0][0], other[0][0])
-    with pytest.raises(ValueError, match="--global-batch-size 6: not a multiple of 4 processes"):
-        R.StepBatches(data, 6, 0, flip=True, rank=0, world_size=4)
+    with pytest.raises(UsageError, match="--global-batch-size must be a multiple of 4 processes"):
+        step_batches(data, world_size=4)
 
 
 def test_an_epoch_visits_every_image_once(tmp_path):
     save_images(tmp_path, 11)
     data = R.ImageFolder(tmp_path, 32)
     data.labels = np.arange(11)  # each image its own, to see the order
-    batches = R.StepBatches(data, 6, 0, flip=False)
+    batches = step_batches(data, flip=False)
     seen = torch.cat([batches[step][1] for step in range(4)]).tolist()
     assert sorted(seen[:11]) == sorted(seen[11:22]) == list(range(11))
     assert seen[:11] != seen[11:22]
+    images, labels = batches[2]
+    for image, label in zip(images, labels):
+        assert np.array_equal(image, data[label])
 
 
 def test_flips_are_half_of_the_images(tmp_path):
     save_images(tmp_path, 8)
     data = R.ImageFolder(tmp_path, 32)
     data.labels = np.arange(8)
-    batches = R.StepBatches(data, 100, 0, flip=True)
-    images, labels = batches[0]
+    images, labels = step_batches(data, n=100)[0]
     flipped = 0
     for image, label in zip(images, labels):
-        plain = torch.from_numpy(data.load(label).copy())
+        plain = torch.from_numpy(data[label])
         assert torch.equal(image, plain) or torch.equal(image, plain.flip(-1))
         flipped += torch.equal(image, plain.flip(-1))
     assert 25 < flipped < 75
 
 
-def test_keyed_generators():
+def test_seeded_generators():
     def numbers(*key):
-        return torch.randn(4, generator=R.keyed_generator("cpu", *key)).tolist()
+        return torch.randn(4, generator=R.seeded_generator(*key)).tolist()
 
-    assert numbers(0, 1, 2) == numbers(0, 1, 2)
-    keys = [(0, 1, 2), (0, 2, 1), (0, 1), (0, 1, 0), (1, 0, 0)]
+    assert numbers("noise", 1, 2) == numbers("noise", 1, 2)
+    keys = [(0, 1, 2), (0, 2, 1), (0, 1), (0, 1, 0), (1, 0, 0), (), (12,), (1, 2)]
+    keys += [("noise", 0, 1), ("crop", 0, 1), ("noise", 0)]
     assert len({tuple(numbers(*key)) for key in keys}) == len(keys)
 
-    both = R.keyed_noise([(0, 1), (0, 2)], (3, 2), "cpu")
+    both = R.seeded_noise([("noise", 0, 1), ("noise", 0, 2)], (3, 2), "cpu")
     assert both.shape == (2, 3, 2)
-    assert torch.equal(both[1:], R.keyed_noise([(0, 2)], (3, 2), "cpu"))
+    assert torch.equal(both[1:], R.seeded_noise([("noise", 0, 2)], (3, 2), "cpu"))
+    many = R.seeded_noise([(0, i) for i in range(500)], (40,), "cpu")
+    assert many.mean().abs() < 0.04  # five standard deviations
+    assert abs(many.std() - 1) < 0.03
+    assert abs(many.mean(1).std() - 40**-0.5) < 0.03, "rows are independent"
 
 
-# ---------------------------------------------------------------------------------------------
-# The average
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_precision(monkeypatch, capsys):
+    """auto is bf16 on GPUs that compute in it; fp32 means no TF32 either."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
+    def setup(precision, device):
+        args = SimpleNamespace(precision=precision, device=device)
+        rank, world_size, got, autocast = R.setup_distributed(args)
+        assert (rank, world_size, got.type) == (0, 1, device)
+        name = capsys.readouterr().out.split()[-1]
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32 == tf32
+        if device == "cpu":
+            with autocast:
+                product = torch.ones(2, 2) @ torch.ones(2, 2)
+            assert (product.dtype == torch.bfloat16) == (name == "bf16")
+        return name, tf32
 
-def test_precision(monkeypatch):
-    """auto is bf16 only on a GPU that computes in it; fp32 means no TF32 either."""
-    cuda = torch.device("cuda")
     for native, want in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-        assert R.set_precision("auto", cuda) == want
-        assert torch.backends.cuda.matmul.allow_tf32 == native
-        assert R.set_precision("auto", torch.device("cpu")) == "fp32"
+        assert setup("auto", "cuda") == (want, native)
     for name in ("bf16", "tf32", "fp32"):
-        assert R.set_precision(name, cuda) == name
-        assert torch.backends.cuda.matmul.allow_tf32 == (name != "fp32")
-        assert torch.backends.cudnn.allow_tf32 == (name != "fp32")
-
-
-def test_frozen_matrices_are_cast_once(toy):
-    """Under autocast the same numbers, to the bit, from half the bytes."""
-    tokens = torch.randn(3, 16, 128)
-    decoder = copy.deepcopy(toy.decoder)
-    R.cast_matrices(decoder)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert torch.equal(decoder(tokens), toy.decoder(tokens))
-    assert decoder.decoder_pred.weight.dtype == torch.bfloat16
-    assert decoder.decoder_norm.weight.dtype == torch.float32
-    assert decoder.decoder_pos_embed.dtype == torch.float32
+        assert setup(name, "cuda") == (name, name != "fp32")
+    assert setup("bf16", "cpu")[0] == "bf16"
+    assert setup("auto", "cpu") == ("fp32", False)
 
 
 def test_batches_are_dealt_in_turn(monkeypatch):
-    dealt = {}
-    for world_size in (1, 3):
-        shares = []
-        for rank in range(world_size):
-            monkeypatch.setattr(R, "rank_and_world_size", lambda r=rank, w=world_size: (r, w))
-            shares.append(R.deal_batches(10, 3))
-        dealt[world_size] = shares
-    assert dealt[1] == [[range(0, 3), range(3, 6), range(6, 9), range(9, 10)]]
-    assert dealt[3] == [[range(0, 3), range(9, 10)], [range(3, 6)], [range(6, 9)]]
+    assert R.rank_batches(10, 3) == [range(0, 3), range(3, 6), range(6, 9), range(9, 10)]
+    monkeypatch.setattr(R.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(R.dist, "get_world_size", lambda: 3)
+    dealt = []
+    for rank in range(3):
+        monkeypatch.setattr(R.dist, "get_rank", lambda rank=rank: rank)
+        dealt.append(R.rank_batches(10, 3))
+    assert dealt == [[range(0, 3), range(9, 10)], [range(3, 6)], [range(6, 9)]]
 
 
 def test_ema_warms_up_and_is_no_alias():
@@ -794,130 +772,129 @@ def steps_of(out):
 
 
 def test_a_new_log(tmp_path, capsys):
-    out = tmp_path / "new" / "run"
-    with R.open_log(out, 0) as log:
+    with R.open_log(tmp_path, 0) as log:
         R.write_log(log, {"step": 1, "loss": 0.25, "by_t": [1, 2]})
-        assert capsys.readouterr().out == "step 1  loss 0.25\n"
+        assert capsys.readouterr().out.rstrip() == "step 1  loss 0.25"
+        assert steps_of(tmp_path) == [1], "a line is on disk as soon as it is written"
         R.write_log(log, {"step": 2, "loss": 0.125, "by_t": [3, 4]})
-    lines = (out / "log.jsonl").read_text().splitlines()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert json.loads(lines[0]) == {"step": 1, "loss": 0.25, "by_t": [1, 2]}
-    assert steps_of(out) == [1, 2]
+    assert steps_of(tmp_path) == [1, 2]
 
 
-def test_a_resumed_log_forgets_what_will_come_again(tmp_path):
-    """It goes on at step 3, whose line was written before the save, and was killed as it wrote."""
-    lines = "".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in (1, 2, 3, 4))
+def test_a_resumed_log_drops_what_will_be_repeated(tmp_path):
+    """The checkpoint is of step 3, and the run was killed while it wrote the line of step 5."""
+    lines = "".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in (1, 2, 3, 3, 4))
     path = tmp_path / "log.jsonl"
     path.write_text(lines + '{"step": 5, "lo')
     with R.open_log(tmp_path, 3) as log:
-        assert steps_of(tmp_path) == [1, 2]
-        R.write_log(log, {"step": 3, "loss": 0.25})
-    assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n' + (
-        '{"step": 3, "loss": 0.25}\n'
-    )
+        assert steps_of(tmp_path) == [1, 2, 3, 3]
+        R.write_log(log, {"step": 4, "loss": 0.25})
+    assert path.read_text() == lines.replace('4, "loss": 0.5', '4, "loss": 0.25')
     with open(path, "a") as file:
-        file.write('{"step": 4, "loss": 0.5}')  # cut right before its end
-    with R.open_log(tmp_path, 9):
-        assert steps_of(tmp_path) == [1, 2, 3]
+        file.write('{"step": 5, "loss": 0.5}')  # cut right before the end of its line
+    with R.open_log(tmp_path, 9) as log:
+        R.write_log(log, {"step": 5, "loss": 0.75})
+    assert steps_of(tmp_path)[:5] == [1, 2, 3, 3, 4]
+    assert json.loads(path.read_text().splitlines()[-1]) == {"step": 5, "loss": 0.75}
     with R.open_log(tmp_path, 0):
         assert path.read_text() == ""
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match="not empty, and not a run of ours") as caught:
-        R.open_log(tmp_path, 0)
-    assert str(caught.value).startswith(f"{tmp_path}: ")
-    assert "\n" not in str(caught.value)
-    assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_a_folder_in_use_is_refused(tmp_path):
-    """By another process, which holds a lock until it ends; one that is shared will do."""
-    out = tmp_path / "run"
-    R.open_log(out, 0).close()
-    (out / "log.jsonl").write_text('{"step": 1}\n')
-    hold = (
-        "import fcntl, sys\n"
-        "log = open(sys.argv[1], 'a+')\n"
-        "fcntl.lockf(log, fcntl.LOCK_SH)\n"
-        "print('locked', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", hold, str(out / "log.jsonl")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdout.readline() == "locked\n"
-    with pytest.raises(ValueError, match=re.escape(f"{out}: another run is writing here")):
-        R.open_log(out, 0)
-    assert steps_of(out) == [1], "nothing is cut off from a log in use"
-    holder.communicate()
-    R.open_log(out, 0).close()
-    assert steps_of(out) == []
-
-
 def test_a_run_with_other_settings_is_named():
-    saved = {"seed": 0, "lr": 0.1, "out": "a", "old_flag": 3}
-    R.check_same_run("out", saved, dict(saved), may_change=set())
-    R.check_same_run("out", saved, saved | {"out": "b"}, may_change={"out"})
-
-    settings = {"seed": 1, "lr": 0.1, "out": "b", "new_flag": 4}
-    with pytest.raises(ValueError) as caught:
-        R.check_same_run("out", saved, settings, may_change={"out"})
-    message = str(caught.value)
-    assert message.startswith("out: holds a run with other settings (")
-    assert "seed 0 there, 1 here" in message
-    assert "old_flag 3 there, None here" in message
-    assert "new_flag None there, 4 here" in message
-    assert "lr" not in message.replace("there", "")
-    assert " b" not in message
-    assert "\n" not in message
+    saved = {"seed": 0, "lr": 0.1}
+    R.check_same_run("out", saved, dict(saved))
+    with pytest.raises(UsageError, match="out .*a run with seed 0, not 1; .*--out"):
+        R.check_same_run("out", saved, {"seed": 1, "lr": 0.1})
+    with pytest.raises(UsageError, match="a run with new_flag None, not 4"):
+        R.check_same_run("out", saved, saved | {"new_flag": 4})
+    with pytest.raises(UsageError, match="a run with old_flag 3, not None"):
+        R.check_same_run("out", saved | {"old_flag": 3}, saved)
 
 
 # ---------------------------------------------------------------------------------------------
 # Pictures and scores, flags and errors
 
 
-def test_sheet(tmp_path):
-    """Seven images of 16 px in three columns: frames, a zoom of 4, and two white places."""
+def test_grid(tmp_path):
+    """Seven images of 16 px in three columns: white borders, enlarged by 4, two blank places."""
     images = torch.rand(7, 3, 16, 16)
-    R.save_sheet(images, tmp_path / "x.png", columns=3)
-    sheet = Image.open(tmp_path / "x.png")
-    assert sheet.size == (3 * 18 * 4, 3 * 18 * 4)
-    pixels = np.asarray(sheet)[::4, ::4]  # (54, 54, 3)
-    fifth = pixels[19:35, 19:35]  # the middle
-    assert np.array_equal(fifth.transpose(2, 0, 1), R.to_uint8(images[4]))
+    save_grid(images, tmp_path / "x.png", columns=3)
+    grid = Image.open(tmp_path / "x.png")
+    assert grid.size == (3 * 18 * 4, 3 * 18 * 4)
+    pixels = np.asarray(grid)[::4, ::4]  # (54, 54, 3)
+    assert np.array_equal(np.asarray(grid), pixels.repeat(4, 0).repeat(4, 1))
+    for i in range(7):
+        top = 18 * (i // 3)
+        left = 18 * (i % 3)
+        place = pixels[top : top + 18, left : left + 18]
+        assert np.array_equal(place[1:-1, 1:-1].transpose(2, 0, 1), to_uint8(images[i]))
+        assert (place[0] == 255).all() and (place[:, -1] == 255).all()
     assert (pixels[36:, 18:] == 255).all()
 
 
 def test_psnr():
-    a = torch.zeros(2, 3, 4, 4)
-    error = torch.tensor([0.1, 1.0]).view(2, 1, 1, 1)
-    assert torch.allclose(R.psnr(a + error, a), torch.tensor([20.0, 0.0]), atol=1e-4)
+    a = torch.zeros(3, 3, 4, 4)
+    error = torch.tensor([0.1, 1.0, 0.0]).view(3, 1, 1, 1)
+    assert torch.allclose(R.psnr(a + error, a), torch.tensor([20.0, 0.0, 100.0]), atol=1e-4)
 
 
-def test_number():
+def test_bounded():
     assert R.positive_int("7") == 7
-    assert R.number(0, 1)("0.5") == 0.5
-    for text in ("0", "-1", "1.5", "x", "1e400"):
-        with pytest.raises(argparse.ArgumentTypeError, match="whole number from 1"):
-            R.positive_int(text)
-    for text in ("nan", "inf", "-0.1", "1.1"):
-        with pytest.raises(argparse.ArgumentTypeError, match="number from 0 to 1"):
-            R.number(0, 1)(text)
+    assert R.non_negative_int("0") == 0
+    assert R.bounded(0, 1)("0.5") == 0.5
+    assert R.bounded(0)("1e9") == 1e9
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--count", type=R.positive_int)
+    parser.add_argument("--share", type=R.bounded(0, 1))
+    parser.add_argument("--lr", type=R.bounded(0))
+    for flag, texts in {
+        "--count": ("0", "-1", "1.5", "x", "1e400", ""),
+        "--share": ("nan", "inf", "-0.1", "1.1", "x"),
+        "--lr": ("nan", "inf", "1e400", "-1"),
+    }.items():
+        for text in texts:
+            with pytest.raises(SystemExit) as stop:
+                parser.parse_args([f"{flag}={text}"])
+            assert stop.value.code == 2
 
 
-def test_an_error_is_one_line(monkeypatch):
-    assert R.error_line(ValueError("x.pt: no such file")) == "error: x.pt: no such file"
-    worker = ValueError(
-        "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
-        "last):\n  ...\nValueError: 7.png: not readable as an image\n"
-    )
-    assert R.error_line(worker) == "error: 7.png: not readable as an image"
-    library = ValueError("a.pt: not readable (line one\n  line two)")
-    assert R.error_line(library) == "error: a.pt: not readable (line one line two)"
-    monkeypatch.setenv("RANK", "3")
-    assert R.error_line(ValueError("a")) == "error of process 3: a"
+def test_an_error_is_one_line(tmp_path):
+    def fail():
+        raise UsageError("x.pt: no such file (line one\n  line two)")
+
+    with pytest.raises(SystemExit) as stop:
+        R.run_script(fail)
+    assert stop.value.code == "error: x.pt: no such file (line one line two)"  # exit code 1
+
+    # A DataLoader worker sends its traceback as the message.
+    try:
+        R.open_image(tmp_path / "none.png")
+    except UsageError:
+        wrapper = torch._utils.ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(UsageError, match="Traceback"):
+        wrapper.reraise()
+    with pytest.raises(SystemExit) as stop:
+        R.run_script(wrapper.reraise)
+    message = str(stop.value.code)
+    assert message.startswith(f"error: '{tmp_path}/none.png' cannot be read as an image: ")
+    assert "Traceback" not in message
+    assert "\n" not in message
+
+
+def test_other_endings_of_a_script(capsys):
+    R.run_script(lambda: print("done"))
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        R.run_script(interrupt)
+    assert stop.value.code == 130
+    assert "stopped; " in capsys.readouterr().out
+
+    def bug():
+        raise ValueError("a bug keeps its traceback")
+
+    with pytest.raises(ValueError, match="keeps its traceback"):
+        R.run_script(bug)

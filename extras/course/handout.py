@@ -1,15 +1,15 @@
-"""The course: a student's copy of this repository, and the grading of what comes back.
+"""The course: write a student's copy of this repository, and grade what comes back.
 
     python extras/course/handout.py ../exercises            # a new folder elsewhere
-    python extras/course/handout.py ../exercises --upto 2   # sittings 1 and 2 alone
-    python extras/course/handout.py ../exercises --only 4   # one, or several with commas
+    python extras/course/handout.py ../exercises --upto 2   # only sittings 1 and 2
+    python extras/course/handout.py ../exercises --only 4   # one exercise, or several with commas
     python extras/course/handout.py --grade submission.zip  # points, results.json; --upto
 
-In the copy the functions of the exercises have lost their bodies; signatures and docstrings stay
-and say what to write. It has a README of its own, no git history, where the answers are, and no
-hidden tests. An exercise is graded alone: of a submission only the bodies of its functions are
-taken over into a fresh copy of ours, where the visible and the hidden tests run in processes of
-their own. Nothing of the submission is imported here.
+In the copy the functions of the exercises are stubbed out: signature and docstring stay and say
+what to write. The copy has its own README, but no git history, which has the answers, and no hidden
+tests. Each exercise is graded on its own: we put the submitted bodies of its functions into a fresh
+copy of our files and run the visible and the hidden tests there, in processes of their own. This
+process never imports anything of the submission.
 """
 
 import argparse
@@ -26,26 +26,49 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("*.py", "requirements.txt", "LICENSE", ".gitignore", "toy", "docs", "extras", "tests")
-# Answers, tests that only we run, and tests of the README and of this file.
+sys.path.insert(0, str(ROOT))
+from rae import UsageError, run_script  # noqa: E402
+
+COPIED = ("*.py", "requirements.txt", "pyproject.toml", "LICENSE", ".gitignore")
+COPIED += ("toy", "docs", "extras", "tests")
+# Answers, hidden tests, and tests of files that the copy lacks.
 NOT_COPIED = ("__pycache__", "*.md", "lab.*", "why_shift.*", "claims.*", "to_diffusers.py")
 NOT_COPIED += ("handout.py", "hidden.py", "mutants.py", "notebook.py", "test_handout.py")
 NOT_COPIED += ("test_claims.py", "test_diffusers.py", "test_notebook.py")
-SECONDS = 300  # for the tests of an exercise
-# What the scripts print in one line: of ours, and of the copy, where it may be what is to be done.
-CAUGHT = "except (ValueError, OSError)"
-CAUGHT_IN_COPY = "except (ValueError, OSError, NotImplementedError)"
+SECONDS = 300  # for the tests of one exercise
+# In rae.run_script: which errors a script prints as one line. In the copy that includes the error
+# of a function that is still to be written.
+CAUGHT = "except UsageError as error"
+CAUGHT_IN_COPY = "except (UsageError, NotImplementedError) as error"
+
+# Exercise 5's hint: the docstring alone does not say it.
+DIT_DH = """The condition c is the time's embedding plus the label's. The plain DiT:
+
+    x = x_embedder(x_t) + pos_embed     through all blocks (feat_rope) and final_layer, under c
+
+With a wide head (section 5):
+
+    s = s_embedder(x_t) + pos_embed     through the backbone (enc_feat_rope), under SiLU(c)
+    s = s_projector(SiLU(s + t_emb))    one condition per token; t_emb embeds the time
+    x = x_embedder(x_t), in float32     through the head (dec_feat_rope) and final_layer, under s
+
+self.run_blocks runs blocks."""
 
 EXERCISES = [
     {
         "sitting": 1,
         "minutes": 30,
         "title": "Latent statistics",
-        "functions": [("rae.py", "latent_statistics")],
+        "functions": [("train_decoder.py", "latent_statistics")],
         "tests": ["tests/test_rae.py::test_statistics_equal_numpy"],
-        "expect": "mean and variance of every channel at every place, over images and their mirror "
-        "images, in one pass.",
+        "expect": "the mean and variance of every channel at every position, over all images and "
+        "their mirror images, in one pass.",
         "paper": "section 3",
+        "hints": {
+            "latent_statistics": "rae.rank_batches(len(data), batch_size) gives the indices of "
+            "every batch,\nand rae.read_batches(...) reads these images. If dist.is_initialized(), "
+            "dist.all_reduce\nadds up the sums of all ranks."
+        },
     },
     {
         "sitting": 1,
@@ -56,12 +79,8 @@ EXERCISES = [
             ("dit_dh.py", "shift_time"),
             ("dit_dh.py", "time_grid"),
         ],
-        "tests": [
-            "tests/test_dit_dh.py::test_shift",
-            "tests/test_dit_dh.py::test_time_grid",
-            "tests/test_dit_dh.py::test_time_grid_from_later_than_pure_noise",
-        ],
-        "expect": "256 tokens of 768 channels have alpha 6.928; 0 and 1 stay in place. Answer in "
+        "tests": ["tests/test_dit_dh.py::test_shift", "tests/test_dit_dh.py::test_time_grid"],
+        "expect": "256 tokens of 768 channels have alpha 6.928; times 0 and 1 are fixed. Answer in "
         "answers.txt: why the square root?",
         "paper": "section 4.2",
     },
@@ -76,20 +95,21 @@ EXERCISES = [
             "tests/test_dit_dh.py::test_the_loss_by_hand",
             "tests/test_dit_dh.py::test_the_loss_draws_times_and_noise",
         ],
-        "expect": "logit(t) has mean 0 and deviation 1; a model that knows the velocity has a loss "
-        "of 0.",
+        "expect": "logit(t) has mean 0 and standard deviation 1; a model that knows the velocity "
+        "has a loss of 0.",
         "paper": "appendix J",
     },
     {
         "sitting": 1,
         "minutes": 25,
         "title": "Rotary positions",
-        "functions": [("dit_dh.py", "Rope.forward")],
+        "functions": [("dit_dh.py", "RoPE2d.forward")],
         "tests": [
             "tests/test_dit_dh.py::test_rope_turns_by_the_distance",
             "tests/test_dit_dh.py::test_rope_by_hand",
         ],
-        "expect": "q times k depends on how many rows and columns lie between; lengths stay.",
+        "expect": "q k depends only on the number of rows and columns between two tokens; norms "
+        "don't change.",
         "paper": "appendix D",
     },
     {
@@ -102,10 +122,10 @@ EXERCISES = [
             "tests/test_golden.py::test_plain_dit",
             "tests/test_dit_dh.py::test_bf16_keeps_float32_where_it_matters",
             "tests/test_golden.py::test_loss",
-            "tests/test_dit_dh.py::test_predicting_x_gives_the_velocity_of_it",
         ],
-        "expect": "velocities of the released model, to 2e-5.",
+        "expect": "the velocities of the official model, to 2e-5.",
         "paper": "section 5",
+        "hints": {"DiTDH.forward": DIT_DH},
     },
     {
         "sitting": 2,
@@ -116,17 +136,17 @@ EXERCISES = [
             "tests/test_experiments.py::test_theorem_1_draws_uniform_times",
             "tests/test_experiments.py::test_theorem_1",
         ],
-        "expect": "points less than 0.1 above 1 - d / 128; with a head even a backbone of 16 fits. "
-        "Hand in figures/theorem_1.png.",
+        "expect": "losses less than 0.1 above 1 - d / 128; with a head even a backbone of width 16 "
+        "fits. Hand in figures/theorem_1.png.",
         "paper": "section 4.1",
     },
     {
         "sitting": 2,
         "minutes": 20,
-        "title": "The averaged weights",
+        "title": "EMA",
         "functions": [("rae.py", "update_ema")],
         "tests": ["tests/test_rae.py::test_ema_warms_up_and_is_no_alias"],
-        "expect": "after step 0 the average is 0.1 of the old and 0.9 of the new.",
+        "expect": "after step 0 the EMA is 0.1 times the old plus 0.9 times the new weights.",
         "paper": "appendix D",
     },
     {
@@ -138,28 +158,28 @@ EXERCISES = [
             "tests/test_dit_dh.py::test_euler_is_exact_on_a_straight_flow",
             "tests/test_dit_dh.py::test_guidance_costs_and_formula",
             "tests/test_dit_dh.py::test_guidance_of_scale_1_costs_nothing",
-            "tests/test_dit_dh.py::test_an_end_of_the_interval_may_be_a_time",
+            "tests/test_dit_dh.py::test_both_ends_of_the_interval_are_guided",
             "tests/test_golden.py::test_samples",
         ],
-        "expect": "one Euler step is exact on a straight flow; CFG calls the model once a step, on "
-        "2 B latents. Now python train_diffusion.py draws your first pictures, in minutes: "
-        "hand in its last samples_*.png.",
+        "expect": "one Euler step is exact on a straight flow; CFG calls the model once per step, "
+        "on 2 B latents. Now python train_diffusion.py draws your first pictures, in minutes: hand "
+        "in its last samples_*.png.",
         "paper": "section 5.1, appendix I",
     },
     {
         "sitting": 3,
         "minutes": 30,
-        "title": "The Frechet distance",
+        "title": "Frechet distance",
         "functions": [("fid.py", "frechet_distance")],
         "tests": ["tests/test_fid.py::test_frechet_distance_of_gaussians"],
-        "expect": "|mu1 - mu2|^2 + |sqrt(s1) - sqrt(s2)|^2 where both covariances are diagonal, "
-        "s1 and s2; not where they do not commute.",
+        "expect": "|mu1 - mu2|^2 + |sqrt(s1) - sqrt(s2)|^2 for diagonal covariances s1 and s2, but "
+        "not for matrices that don't commute.",
         "paper": "appendix E",
     },
     {
         "sitting": 3,
         "minutes": 30,
-        "title": "The shift, tried",
+        "title": "Sweep of the shift",
         "functions": [("extras/course/experiments.py", "shift_sweep")],
         "tests": [
             "tests/test_experiments.py::test_shift_sweep_runs_what_it_should",
@@ -171,26 +191,32 @@ EXERCISES = [
     {
         "sitting": 3,
         "minutes": 40,
-        "title": "Noise and the GAN's weight",
-        "functions": [("rae.py", "RAE.noised"), ("train_decoder.py", "adaptive_weight")],
+        "title": "Noise and the adaptive GAN weight",
+        "functions": [
+            ("train_decoder.py", "draw_sigma"),
+            ("train_decoder.py", "add_noise"),
+            ("train_decoder.py", "adaptive_weight"),
+        ],
         "tests": [
-            "tests/test_rae.py::test_noise_in_training_only",
+            "tests/test_stage1.py::test_noise_levels_and_noise",
             "tests/test_stage1.py::test_adaptive_weight_by_hand",
         ],
         "expect": "with tau 0.8 sigma is 0.4 on average, 0.64 if half-normal; gradients (3, 3) and "
-        "(2, 0) give a weight of 2.12, a GAN gradient of 0 gives 10000.",
+        "(2, 0) give a weight of 2.12, and a GAN gradient of 0 gives 10000. No gradient flows "
+        "through the weight.",
         "paper": "section 4.3, appendix C",
     },
     {
         "sitting": 3,
         "minutes": 30,
-        "title": "The noise, tried",
+        "title": "Sweep of the noise",
         "functions": [("extras/course/experiments.py", "noise_sweep")],
         "tests": [
             "tests/test_experiments.py::test_noise_sweep_runs_what_it_should",
             "tests/test_experiments.py::test_noise_sweep",
         ],
-        "expect": "two lines that cross. Hand in figures/noise_sweep.png.",
+        "expect": "from clean tokens, PSNR falls with tau; from noisy ones it first rises. Hand "
+        "in figures/noise_sweep.png.",
         "paper": "section 4.3",
     },
 ]
@@ -202,19 +228,19 @@ def find(source, name):
     for part in name.split("."):
         node = next((child for child in node.body if getattr(child, "name", None) == part), None)
         if node is None:
-            raise ValueError(f"{name}: not there")
+            raise ValueError(f"{name} is missing")
     return node
 
 
 def place_of(source, name):
-    """The slice of a file's lines that a function takes, decorators included."""
+    """The slice of a file's lines that hold a function, with its decorators."""
     node = find(source, name)
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     return slice(first - 1, node.end_lineno)
 
 
 def replace(source, name, text):
-    """A file's text in which the function's lines are others."""
+    """A file's text with the function's lines replaced by `text`."""
     lines = source.split("\n")
     lines[place_of(source, name)] = text.split("\n")
     return "\n".join(lines)
@@ -225,13 +251,14 @@ def lines_of(source, name):
     return "\n".join(source.split("\n")[place_of(source, name)])
 
 
-def without_body(source, name, message):
-    """A file's text in which a function keeps its docstring and then raises."""
+def without_body(source, name, message, hint=""):
+    """A file's text with a function stubbed out: docstring, hint as a comment, and a raise."""
     node = find(source, name)
     lines = lines_of(source, name).split("\n")
     kept = len(lines) - (node.end_lineno - node.body[0].end_lineno)
     indent = " " * node.body[0].col_offset
-    lines[kept:] = [f"{indent}raise NotImplementedError({message!r})"]
+    comment = [f"{indent}# {line}".rstrip() for line in hint.splitlines()]
+    lines[kept:] = [*comment, f"{indent}raise NotImplementedError({message!r})"]
     return replace(source, name, "\n".join(lines))
 
 
@@ -240,7 +267,7 @@ def without_body(source, name, message):
 
 
 def copy_files(out):
-    """What a student gets, still with all bodies."""
+    """Copy what a student gets, with all bodies still there."""
     unwanted = shutil.ignore_patterns(*NOT_COPIED)
     for pattern in COPIED:
         for path in ROOT.glob(pattern):
@@ -251,18 +278,18 @@ def copy_files(out):
 
 
 def command_of(exercise):
-    """The student's test command. The experiments' tests are marked slow."""
+    """The student's test command. Tests of experiments are marked slow."""
     flag = "-m slow " if "experiments" in exercise["tests"][0] else ""
     return f"pytest {flag}{' '.join(exercise['tests'])}"
 
 
 def write_copy(out, numbers):
-    """Write the copy, with these exercises, to a folder that is new or empty; else ValueError."""
+    """Write the copy, with these exercises, to a new or empty folder outside the repository."""
     out = Path(out).resolve()
-    if ROOT in (out, *out.parents):  # else pytest would find the copy's tests as well
-        raise ValueError(f"{out}: inside the repository; pass a folder outside")
+    if ROOT in (out, *out.parents):  # pytest would find the copy's tests too
+        raise UsageError(f"{out}: inside the repository; pass a folder outside")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out}: not an empty folder")
+        raise UsageError(f"{out}: not an empty folder")
     out.mkdir(parents=True, exist_ok=True)
     copy_files(out)
     for number in numbers:
@@ -270,9 +297,10 @@ def write_copy(out, numbers):
         for file, name in exercise["functions"]:
             path = out / file
             message = f"exercise {number}, {name} in {file}: {command_of(exercise)}"
-            path.write_text(without_body(path.read_text(), name, message))
-    for path in [*out.glob("*.py"), out / "extras/course/experiments.py"]:
-        path.write_text(path.read_text().replace(CAUGHT, CAUGHT_IN_COPY))
+            hint = exercise.get("hints", {}).get(name, "")
+            path.write_text(without_body(path.read_text(), name, message, hint))
+    rae = out / "rae.py"
+    rae.write_text(rae.read_text().replace(CAUGHT, CAUGHT_IN_COPY))
     (out / "README.md").write_text(student_readme(numbers))
     submit = out / "submit.sh"
     submit.write_text(SUBMIT)
@@ -282,32 +310,33 @@ def write_copy(out, numbers):
 
 README = """# Exercises
 
-From a latent to pictures: you write what a Representation Autoencoder
-(https://arxiv.org/abs/2510.11690) is made of. Each function has lost its body; its docstring says
-what to write. In this order, since later ones use earlier ones.
+You write the core of a Representation Autoencoder (https://arxiv.org/abs/2510.11690), from the
+latents to your own samples. The functions below are stubbed out. Their docstrings, sometimes with a
+comment, say what to write, and tests tell you when you are done. Keep this order: later exercises
+use earlier ones.
 
     pip install -r requirements.txt matplotlib       # best in an environment: python -m venv .venv
     {first}
 
-Tests fail until an exercise is done; pytest --tb=short says so in fewer lines. What is not yet
-written ends a script in one line. Change nothing but the bodies: only they are graded, with other
-inputs besides, and an import of yours has to stand inside. Three marked E are experiments, whose
-tests take a minute or two;
-`python extras/course/experiments.py NAME` draws a figure of what you wrote.
+A test fails until its exercise is done; pytest --tb=short prints less. A script that reaches a
+function you have not written yet stops with one line that names the exercise. Change only the
+bodies of these functions: nothing else is graded. An import of yours belongs inside a body. The
+graders also run tests with other inputs. Three exercises, marked E, are experiments. Their tests
+take a minute or two, and `python extras/course/experiments.py NAME` draws a figure of your results.
 
 {table}
-To hand in: `./submit.sh` runs the tests of dit_dh.py once more and writes submission.zip, with the
-files that you wrote in, the figures, the last pictures of train_diffusion.py and answers.txt. It
-says what is missing.
+To hand in, run `./submit.sh`. It runs the tests of dit_dh.py once more and writes submission.zip
+with your files, the figures, the last pictures of train_diffusion.py and answers.txt. It also says
+what is missing.
 """
 
 SUBMIT = """#!/bin/sh
-# Run the tests, and zip what is to be handed in.
-python -m pytest -q tests/test_dit_dh.py || echo "some tests fail; handed in all the same"
+# Run the tests, and zip the files to hand in.
+python -m pytest -q tests/test_dit_dh.py || echo "some tests fail; you can hand in anyway"
 python - <<'END'
 import zipfile
 from pathlib import Path
-files = ["dit_dh.py", "rae.py", "train_decoder.py", "fid.py"]
+files = ["rae.py", "dit_dh.py", "train_decoder.py", "fid.py"]
 files += ["extras/course/experiments.py", "answers.txt"]
 files += [f"figures/{name}.png" for name in ("theorem_1", "shift_sweep", "noise_sweep")]
 files += sorted(map(str, Path("out/diffusion").glob("samples_*.png")))[-1:]
@@ -324,7 +353,7 @@ echo wrote submission.zip
 
 
 def student_readme(numbers):
-    """What to do, in which order, how long it takes, and how to hand in."""
+    """The copy's README: the exercises in order, and how to hand in."""
     table = ""
     sitting = 0
     for number in numbers:
@@ -347,7 +376,7 @@ def student_readme(numbers):
 
 
 def read_submission(path):
-    """{file: text} of the files to be graded in a zip, and what there is to say of others."""
+    """{file: text} of the files to grade in a zip, and remarks on the others."""
     wanted = {file for exercise in EXERCISES for file, _ in exercise["functions"]}
     texts = {}
     remarks = []
@@ -356,18 +385,18 @@ def read_submission(path):
             for entry in archive.infolist():
                 parts = Path(entry.filename).parts
                 if entry.filename.startswith("/") or ".." in parts:
-                    remarks.append(f"{entry.filename}: outside of the zip, not read")
+                    remarks.append(f"{entry.filename}: a path outside the zip, not read")
                 elif entry.filename in wanted and entry.file_size < 10**6:
                     texts[entry.filename] = archive.read(entry).decode()
     # zipfile has RuntimeError for a password.
     except (OSError, RuntimeError, zipfile.BadZipFile, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
+        raise UsageError(f"{path}: cannot be read ({error})") from error
     remarks += [f"{file}: missing" for file in sorted(wanted - texts.keys())]
     return texts, remarks
 
 
 def changed_elsewhere(file, text):
-    """Whether a student's file differs from the handout's outside of the exercises' functions."""
+    """Whether a student's file differs from the handout's outside the exercises' functions."""
     ours = (ROOT / file).read_text()
     for exercise in EXERCISES:
         for other, name in exercise["functions"]:
@@ -378,11 +407,11 @@ def changed_elsewhere(file, text):
 
 
 def run_tests(folder, command):
-    """None, or one line that says why the tests of this command did not pass."""
+    """Run tests. Returns None, or one line that says why they did not pass."""
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=folder,
-        # Two exercises are graded at once. Each with a thread for every core would be far slower.
+        # Two exercises are graded at once; a thread per core in each would be far slower.
         env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -392,9 +421,9 @@ def run_tests(folder, command):
     try:
         said, _ = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with whatever it has started
+        os.killpg(process.pid, signal.SIGKILL)  # with its child processes
         process.communicate()
-        return f"not done after {SECONDS} s"
+        return f"not finished after {SECONDS} s"
     if process.returncode == 0:
         return None
     lines = said.strip().splitlines() or [f"exit code {process.returncode}"]
@@ -403,7 +432,7 @@ def run_tests(folder, command):
 
 
 def grade_exercise(number, texts):
-    """None for full points, or why there are none: their functions alone in a copy of ours."""
+    """Test the submitted functions in a copy of our files. None for full points, or why not."""
     exercise = EXERCISES[number - 1]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -428,12 +457,12 @@ def grade_exercise(number, texts):
 
 
 def grade(path, numbers):
-    """Print the points of a submission, ten for each exercise; write results.json."""
+    """Print a submission's points, ten per exercise, and write results.json."""
     texts, remarks = read_submission(path)
     for file, text in texts.items():
         try:
             if changed_elsewhere(file, text):
-                remarks.append(f"{file}: changed outside of the exercises; not taken over")
+                remarks.append(f"{file}: changed outside the exercises; those changes are ignored")
         except (SyntaxError, ValueError) as error:
             remarks.append(f"{file}: {error}")
     results = []
@@ -453,12 +482,12 @@ def grade(path, numbers):
 
 
 def numbers_of(args):
-    """The exercises that --only and --upto leave."""
+    """The exercises that --only and --upto select."""
     numbers = list(range(1, len(EXERCISES) + 1))
     if args.only:
         wanted = args.only.split(",")
         if not {str(n) for n in numbers} >= set(wanted):
-            raise ValueError(f"--only {args.only}: exercises are 1 to {len(EXERCISES)}")
+            raise UsageError(f"--only {args.only}: exercises are 1 to {len(EXERCISES)}")
         numbers = sorted(map(int, wanted))
     if args.upto:
         numbers = [n for n in numbers if EXERCISES[n - 1]["sitting"] <= args.upto]
@@ -468,15 +497,15 @@ def numbers_of(args):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("out", metavar="OUT", nargs="?", help="new or empty folder")
-    p.add_argument("--upto", type=int, choices=[1, 2, 3], help="the exercises of so many sittings")
-    p.add_argument("--only", help="numbers of exercises, with commas")
-    p.add_argument("--grade", metavar="ZIP", help="what submit.sh wrote")
+    p.add_argument("--upto", type=int, choices=[1, 2, 3], help="only sittings 1 to this")
+    p.add_argument("--only", help="exercises such as 4 or 4,5")
+    p.add_argument("--grade", metavar="ZIP", help="submission to grade, from submit.sh")
     args = p.parse_args()
     numbers = numbers_of(args)
     if args.grade:
         return grade(args.grade, numbers)
     if args.out is None:
-        raise ValueError("OUT: name a folder for the copy, or --grade a submission")
+        raise UsageError("OUT: name a folder for the copy, or --grade a submission")
     write_copy(args.out, numbers)
     for number in numbers:
         exercise = EXERCISES[number - 1]
@@ -485,7 +514,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -1,12 +1,14 @@
-"""Answers that a student may give: wrong ones, which a grader must fail, and right ones.
+"""Answers that a student might give: wrong ones, which a grader must fail, and right ones.
 
-    python extras/course/mutants.py     # grades them all; a line for each surprise
-    python extras/course/mutants.py 200 # and runs the tests of right ones 200 times
+    python extras/course/mutants.py         # grade them all; prints a line per surprise
+    python extras/course/mutants.py --only sample      # those of one function
+    python extras/course/mutants.py --times 200        # run the tests of right answers 200 times
 
-An answer is a change to our own function. Each is graded in a process forked from this one, by
-the tests of its exercise, and what torch compiled is shared: a hundred take two minutes.
+An answer is an edit of our own function. Each one is graded in a process forked from this one, by
+the visible tests of its exercise: a hundred take two minutes.
 """
 
+import argparse
 import importlib
 import os
 import sys
@@ -21,109 +23,28 @@ os.chdir(ROOT)
 
 from handout import EXERCISES, lines_of  # noqa: E402
 
-# (function, text in it, what stands there instead)
+# (function, text in it, replacement)
 WRONG = [
-    ("latent_statistics", "num_views = 2 * len(data)", "num_views = len(data)"),
+    ("latent_statistics", "mean = total.cpu() / (2 * len(data))", "mean = total.cpu() / len(data)"),
     (
         "latent_statistics",
         "for view in (images, images.flip(-1)):",
         "for view in (images, images):",
     ),
-    ("latent_statistics", "square - mean.square()", "square"),
+    ("latent_statistics", " - mean.square()).clamp(min=0)", ").clamp(min=0)"),
+    ("latent_statistics", ".clamp(min=0)", ".sqrt()"),
     (
         "latent_statistics",
-        "(square - mean.square()).clamp(min=0)",
-        "(square - mean.square()).sqrt()",
+        "total += tokens.sum(0)",
+        "total += tokens.mean(1, keepdim=True).expand_as(tokens).sum(0)",
     ),
-    ("latent_statistics", "tokens.sum(0)", "tokens.mean(1, keepdim=True).expand_as(tokens).sum(0)"),
-    (
-        "latent_statistics",
-        "var = (square - mean.square())",
-        "var = num_views / (num_views - 1) * (square - mean.square())",
-    ),
+    ("latent_statistics", "- mean.square())", "- mean.square()) * len(data) / (len(data) - 1)"),
     ("latent_statistics", "mean.T.unflatten(1, grid)", "mean.T.unflatten(1, grid).mT"),
-    ("flow_loss", "t = shift_time(t, alpha)", "t = t"),
     (
-        "update_ema",
-        "list(ema.parameters()), list(model.parameters())",
-        "*zip(*[(e.data, p.data) for e, p in zip(ema.parameters(), model.parameters()) "
-        "if p.requires_grad])",
+        "latent_statistics",
+        "total_square += tokens.square().sum(0)",
+        "total_square += tokens.sum(0).square() / len(tokens)",
     ),
-    (
-        "adaptive_weight",
-        "g_rec.norm() / (g_gan.norm() + 1e-6)",
-        "g_rec.norm(dim=1).mean() / (g_gan.norm(dim=1).mean() + 1e-6)",
-    ),
-    (
-        "adaptive_weight",
-        "g_rec.norm() / (g_gan.norm() + 1e-6)",
-        "torch.linalg.matrix_norm(g_rec, 2) / (torch.linalg.matrix_norm(g_gan, 2) + 1e-6)",
-    ),
-    (
-        "frechet_distance",
-        "return float(difference @ difference + np.trace(sigma1 + sigma2) - 2 * trace_of_root)",
-        "return difference @ difference + np.trace(sigma1 + sigma2) - 2 * trace_of_root + 0j",
-    ),
-    ("draw_time", "return 0.999 * u", "return u.clamp(max=0.999)"),
-    ("draw_time", "normal.sigmoid()", "(2 * normal).sigmoid()"),
-    ("draw_time", "normal.sigmoid()", "u"),
-    ("draw_time", "normal.sigmoid().clamp(max=0.999)", "normal.sigmoid()"),
-    ("draw_time", "normal.sigmoid().clamp(max=0.999)", "0.999 * normal.sigmoid()"),
-    (
-        "draw_time",
-        "normal = torch.special.ndtri(u)",
-        "normal = torch.randn_like(u[:1]).expand_as(u)",
-    ),
-    ("flow_loss", "draw_time(torch.rand(len(z), device=z.device))", "torch.rand(len(z))"),
-    ("flow_loss", "torch.rand(len(z), device=z.device)", "torch.rand(1).expand(len(z))"),
-    ("flow_loss", "noise = torch.randn_like(z)", "noise = torch.rand_like(z)"),
-    ("flow_loss", "noise = torch.randn_like(z)", "noise = torch.randn_like(z[:1]).expand_as(z)"),
-    ("flow_loss", "t = shift_time(t, alpha)", "t = t"),
-    (
-        "flow_loss",
-        "t = draw_time(torch.rand(len(z), device=z.device))",
-        "t = shift_time(draw_time(torch.rand(len(z))), 1 / alpha)",
-    ),
-    (
-        "flow_loss",
-        "(1 - t[:, None, None]) * z + t[:, None, None] * noise",
-        "t[:, None, None] * z + (1 - t[:, None, None]) * noise",
-    ),
-    ("flow_loss", "v = noise - z", "v = z - noise"),
-    ("flow_loss", ".mean(dim=(1, 2))", ".sum(dim=(1, 2))"),
-    ("flow_loss", ".square().mean(dim=(1, 2))", ".abs().mean(dim=(1, 2))"),
-    ("DiTDH.forward", "F.silu(c)", "c"),
-    (
-        "DiTDH.forward",
-        "return self.velocity(self.final_layer(x, s), x_t, t)",
-        "return self.final_layer(x, s)",
-    ),
-    (
-        "DiTDH.forward",
-        "return self.velocity(self.final_layer(x, c), x_t, t)",
-        "return self.final_layer(x, c)",
-    ),
-    ("DiTDH.forward", "F.silu(h + t_emb)", "F.silu(h + c)"),
-    ("DiTDH.forward", "F.silu(h + t_emb)", "h + t_emb"),
-    ("DiTDH.forward", "F.silu(h + t_emb)", "F.silu(h)"),
-    ("DiTDH.forward", "x = self.x_embedder(x_t)  # (B, N, D_head)", "x = self.x_embedder(x_t) + s"),
-    ("DiTDH.forward", "x = x.float()", "x = x"),
-    ("DiTDH.forward", "h = self.s_embedder(x_t) + self.pos_embed", "h = self.s_embedder(x_t)"),
-    ("DiTDH.forward", "x = self.x_embedder(x_t) + self.pos_embed", "x = self.x_embedder(x_t)"),
-    (
-        "DiTDH.forward",
-        "x = self.run_blocks(self.blocks, x, c,",
-        "x = self.run_blocks(self.blocks, x, F.silu(c),",
-    ),
-    ("Rope.forward", "[-b, a]", "[b, -a]"),
-    ("Rope.forward", "[-b, a]", "[b, a]"),
-    ("Rope.forward", "x.unflatten(-1, (-1, 2)).unbind(-1)", "x.chunk(2, -1)"),
-    (
-        "Rope.forward",
-        "x * self.freqs_cos + turned * self.freqs_sin",
-        "x * self.freqs_sin + turned * self.freqs_cos",
-    ),
-    ("Rope.forward", "x * self.freqs_cos + turned * self.freqs_sin", "x * self.freqs_cos"),
     (
         "shift_alpha",
         "max(1.0, math.sqrt(num_tokens * latent_dim / 4096))",
@@ -135,19 +56,89 @@ WRONG = [
     ("shift_time", "alpha * t / (1 + (alpha - 1) * t)", "t / (alpha - (alpha - 1) * t)"),
     ("shift_time", "alpha * t / (1 + (alpha - 1) * t)", "(alpha * t).clamp(max=1)"),
     ("time_grid", "steps + 1, dtype", "steps, dtype"),
-    ("time_grid", "t_first - torch", "1 - torch"),
-    (
-        "time_grid",
-        "t = t_first - torch.linspace(0, t_first - t_last",
-        "t = 1 - torch.linspace(0, 1 - t_last",
-    ),
-    ("time_grid", "torch.linspace(0, t_first - t_last", "torch.linspace(0, t_first"),
+    ("time_grid", "t = 1 - torch.linspace(0, 1 - t_last", "t = torch.linspace(0, 1 - t_last"),
+    ("time_grid", "torch.linspace(0, 1 - t_last,", "torch.linspace(0, 1,"),
     ("time_grid", "return shift_time(t, alpha).float()", "return t.float()"),
+    ("time_grid", "shift_time(t, alpha)", "shift_time(t, 1 / alpha)"),
     (
         "time_grid",
-        "t = t_first - torch.linspace(0, t_first - t_last, steps + 1, dtype=torch.float64)",
-        "t = (1 - torch.linspace(0, 1 - t_last, steps + 1)) * t_first",
+        "t = 1 - torch.linspace(0, 1 - t_last, steps + 1, dtype=torch.float64)",
+        "t = torch.cat([1 - torch.linspace(0, 1, steps + 1)[:-1], torch.tensor([t_last])])",
     ),
+    ("draw_time", "return 0.999 * torch.rand(", "return torch.rand("),
+    ("draw_time", 'dist == "uniform"', 'dist != "uniform"'),
+    (
+        "draw_time",
+        "return torch.randn(n, generator=generator, device=device).sigmoid()",
+        "return (2 * torch.randn(n, generator=generator, device=device)).sigmoid()",
+    ),
+    (
+        "draw_time",
+        "torch.randn(n, generator=generator, device=device).sigmoid()",
+        "torch.rand(n, generator=generator, device=device).sigmoid()",
+    ),
+    (
+        "draw_time",
+        "torch.randn(n, generator=generator, device=device).sigmoid()",
+        "torch.rand(n, generator=generator, device=device)",
+    ),
+    (
+        "draw_time",
+        "torch.randn(n, generator=generator, device=device)",
+        "torch.randn(1, generator=generator, device=device).expand(n)",
+    ),
+    (
+        "draw_time",
+        "torch.randn(n, generator=generator, device=device)",
+        "torch.randn(n, device=device)",
+    ),
+    (
+        "draw_time",
+        "torch.randn(n, generator=generator, device=device).sigmoid()",
+        "torch.special.ndtr(torch.randn(n, generator=generator, device=device))",
+    ),
+    ("flow_loss", "t = shift_time(t, alpha)", "t = t"),
+    ("flow_loss", "t = draw_time(len(z), device=z.device)", "t = torch.rand(len(z))"),
+    ("flow_loss", "t = draw_time(len(z), device=z.device)", "t = draw_time(1).expand(len(z))"),
+    (
+        "flow_loss",
+        "t = draw_time(len(z), device=z.device)",
+        "t = shift_time(draw_time(len(z)), 1 / alpha)",
+    ),
+    ("flow_loss", "eps = torch.randn_like(z)", "eps = torch.rand_like(z)"),
+    ("flow_loss", "eps = torch.randn_like(z)", "eps = torch.randn_like(z[:1]).expand_as(z)"),
+    (
+        "flow_loss",
+        "(1 - t[:, None, None]) * z + t[:, None, None] * eps",
+        "t[:, None, None] * z + (1 - t[:, None, None]) * eps",
+    ),
+    ("flow_loss", "v = eps - z", "v = z - eps"),
+    ("flow_loss", ".mean(dim=(1, 2))", ".sum(dim=(1, 2))"),
+    ("flow_loss", ".square().mean(dim=(1, 2))", ".abs().mean(dim=(1, 2))"),
+    ("RoPE2d.forward", "[-b, a]", "[b, -a]"),
+    ("RoPE2d.forward", "[-b, a]", "[b, a]"),
+    ("RoPE2d.forward", "x.unflatten(-1, (-1, 2)).unbind(-1)", "x.chunk(2, -1)"),
+    (
+        "RoPE2d.forward",
+        "x * self.freqs_cos + rotated * self.freqs_sin",
+        "x * self.freqs_sin + rotated * self.freqs_cos",
+    ),
+    ("RoPE2d.forward", "x * self.freqs_cos + rotated * self.freqs_sin", "x * self.freqs_cos"),
+    ("DiTDH.forward", "F.silu(c)", "c"),
+    ("DiTDH.forward", "F.silu(s + t_emb)", "F.silu(s + c)"),
+    ("DiTDH.forward", "F.silu(s + t_emb)", "s + t_emb"),
+    ("DiTDH.forward", "F.silu(s + t_emb)", "F.silu(s)"),
+    ("DiTDH.forward", "self.s_projector(F.silu(s + t_emb))", "F.silu(self.s_projector(s + t_emb))"),
+    ("DiTDH.forward", "self.x_embedder(x_t).float()", "self.x_embedder(x_t).float() + s"),
+    ("DiTDH.forward", "self.x_embedder(x_t).float()", "self.x_embedder(x_t)"),
+    ("DiTDH.forward", "s = self.s_embedder(x_t) + self.pos_embed", "s = self.s_embedder(x_t)"),
+    ("DiTDH.forward", "x = self.x_embedder(x_t) + self.pos_embed", "x = self.x_embedder(x_t)"),
+    (
+        "DiTDH.forward",
+        "x = self.run_blocks(self.blocks, x, c,",
+        "x = self.run_blocks(self.blocks, x, F.silu(c),",
+    ),
+    ("DiTDH.forward", "return self.final_layer(x, c)", "return self.final_layer(x, F.silu(c))"),
     ("update_ema", "d = min(decay, (1 + step) / (10 + step))", "d = decay"),
     (
         "update_ema",
@@ -168,6 +159,12 @@ WRONG = [
     ),
     (
         "update_ema",
+        "list(ema.parameters()), list(model.parameters())",
+        "*zip(*[(e.data, p.data) for e, p in zip(ema.parameters(), model.parameters()) "
+        "if p.requires_grad])",
+    ),
+    (
+        "update_ema",
         "torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)",
         "[setattr(p, 'data', q.data) for p, q in zip(ema.parameters(), model.parameters())]",
     ),
@@ -177,15 +174,17 @@ WRONG = [
     ("sample", "torch.full_like(y, model.num_classes)", "torch.zeros_like(y)"),
     (
         "sample",
-        "v = v_weak + guide_scale * (model(x, t, y).float() - v_weak)",
-        "v = v_weak + guide_scale * model(x, t, y).float()",
+        "v = v_weak + guidance_scale * (model(x, t, y).float() - v_weak)",
+        "v = v_weak + guidance_scale * model(x, t, y).float()",
     ),
-    ("sample", "within = low <= t_now <= high", "within = low <= t_next <= high"),
-    ("sample", "within = low <= t_now <= high", "within = True"),
+    ("sample", "<= t_now <=", "<= t_next <="),
+    ("sample", "<= t_now <=", "< t_now <="),
+    ("sample", "<= t_now <=", "<= t_now <"),
+    ("sample", "in_interval = ", "in_interval = True or "),
     ("sample", "(t_next - t_now) * v", "(t_now - t_next) * v"),
     ("sample", "t = torch.full((len(x),), t_now", "t = torch.full((len(x),), t_next"),
-    ("sample", "if use_cfg and use_guide:", "if False:"),
-    ("sample", "elif use_guide and within:", "elif use_guide:"),
+    ("sample", "if use_cfg and use_autoguidance:", "if False:"),
+    ("sample", "elif use_autoguidance and in_interval:", "elif use_autoguidance:"),
     ("frechet_distance", "- 2 * trace_of_root", "- trace_of_root"),
     ("frechet_distance", "difference @ difference", "np.sqrt(difference @ difference)"),
     (
@@ -200,65 +199,99 @@ WRONG = [
     ),
     ("frechet_distance", "np.sqrt(eigenvalues).real.sum()", "np.sqrt(eigenvalues.real).sum()"),
     ("frechet_distance", "np.sqrt(eigenvalues).real.sum()", "np.sqrt(eigenvalues.sum()).real"),
-    ("RAE.noised", "not self.training or self.tau == 0", "self.tau == 0"),
     (
-        "RAE.noised",
-        "not self.training or self.tau == 0",
-        "not self.training or self.tau == 0 or generators",
+        "frechet_distance",
+        "return float(difference @ difference + np.trace(sigma1 + sigma2) - 2 * trace_of_root)",
+        "return difference @ difference + np.trace(sigma1 + sigma2) - 2 * trace_of_root + 0j",
     ),
-    ("RAE.noised", "draw(1, generator", "draw(len(tokens[0]), 1, generator"),
-    ("RAE.noised", "self.tau * draw(1, generator=g, device=tokens.device).abs()", "self.tau"),
-    ("RAE.noised", 'torch.rand if self.noise_dist == "uniform" else torch.randn', "torch.rand"),
+    ("draw_sigma", "return tau * torch.rand(", "return torch.rand("),
+    ("draw_sigma", 'dist == "uniform"', 'dist != "uniform"'),
     (
-        "RAE.noised",
-        "noise.append(sigma * eps)",
-        "noise.append(sigma * eps if not noise else noise[0])",
+        "draw_sigma",
+        "torch.randn(n, generator=generator, device=device).abs()",
+        "torch.randn(n, generator=generator, device=device)",
     ),
-    ("RAE.noised", "noise.append(sigma * eps)", "noise.append(sigma * eps * self.latent_std)"),
-    ("RAE.noised", "noise.append(sigma * eps)", "noise.append(sigma.sqrt() * eps)"),
-    ("RAE.noised", "tokens + torch.stack(noise)", "torch.stack(noise)"),
+    (
+        "draw_sigma",
+        "torch.randn(n, generator=generator, device=device).abs()",
+        "torch.rand(n, generator=generator, device=device)",
+    ),
+    (
+        "draw_sigma",
+        "torch.rand(n, generator=generator, device=device)",
+        "torch.rand(1, generator=generator, device=device).expand(n)",
+    ),
+    (
+        "draw_sigma",
+        "return tau * torch.rand(n, generator=generator, device=device)",
+        "return torch.full((n,), tau, device=device)",
+    ),
+    (
+        "draw_sigma",
+        "return tau * torch.randn(n, generator=generator, device=device).abs()",
+        "return tau**0.5 * torch.randn(n, generator=generator, device=device).abs()",
+    ),
+    ("add_noise", "tokens + sigma[:, None, None] * eps", "sigma[:, None, None] * eps"),
+    ("add_noise", "sigma[:, None, None] * eps", "sigma.sqrt()[:, None, None] * eps"),
+    ("add_noise", "sigma[:, None, None] * eps", "sigma.mean() * eps"),
+    ("add_noise", "sigma[:, None, None] * eps", "sigma[:, None, None] * torch.randn_like(eps)"),
+    ("add_noise", "tokens + sigma", "(1 - sigma[:, None, None]) * tokens + sigma"),
     (
         "adaptive_weight",
-        "g_rec.norm() / (g_gan.norm() + 1e-6)",
-        "g_gan.norm() / (g_rec.norm() + 1e-6)",
+        "rec_grad.norm() / (gan_grad.norm() + 1e-6)",
+        "gan_grad.norm() / (rec_grad.norm() + 1e-6)",
     ),
     ("adaptive_weight", ".clamp(0, 1e4)", ""),
     ("adaptive_weight", ".detach()", ""),
-    ("adaptive_weight", "g_gan.norm() + 1e-6", "g_gan.norm()"),
+    ("adaptive_weight", "gan_grad.norm() + 1e-6", "gan_grad.norm()"),
+    ("adaptive_weight", "1e4", "1e3"),
     (
         "adaptive_weight",
-        "g_rec.norm() / (g_gan.norm() + 1e-6)",
-        "g_rec.abs().sum() / (g_gan.abs().sum() + 1e-6)",
+        "rec_grad.norm() / (gan_grad.norm() + 1e-6)",
+        "rec_grad.abs().sum() / (gan_grad.abs().sum() + 1e-6)",
     ),
-    ("adaptive_weight", "1e4", "1e3"),
+    (
+        "adaptive_weight",
+        "rec_grad.norm() / (gan_grad.norm() + 1e-6)",
+        "rec_grad.norm(dim=1).mean() / (gan_grad.norm(dim=1).mean() + 1e-6)",
+    ),
+    (
+        "adaptive_weight",
+        "rec_grad.norm() / (gan_grad.norm() + 1e-6)",
+        "torch.linalg.matrix_norm(rec_grad, 2) / (torch.linalg.matrix_norm(gan_grad, 2) + 1e-6)",
+    ),
 ]
 RIGHT = [
     ("latent_statistics", "total += tokens.sum(0)", "total += tokens.mean(0) * len(tokens)"),
-    ("latent_statistics", "(square - mean.square())", "(square - mean * mean)"),
-    ("draw_time", "torch.special.ndtri(u)", "2**0.5 * torch.erfinv(2 * u.double() - 1)"),
-    ("draw_time", "normal.sigmoid()", "(1 / (1 + (-normal).exp())).to(u.dtype)"),
-    ("flow_loss", "v = noise - z", "v = (x_t - z) / t[:, None, None].clamp(min=1e-9)"),
-    ("flow_loss", ".mean(dim=(1, 2))", ".flatten(1).double().mean(1)"),
-    (
-        "DiTDH.forward",
-        "t_emb = self.t_embedder(t)[:, None]",
-        "t_emb = self.t_embedder(t).unsqueeze(1)",
-    ),
-    (
-        "Rope.forward",
-        "torch.stack([-b, a], dim=-1).flatten(-2)",
-        "torch.stack((-b, a), -1).reshape(x.shape)",
-    ),
+    ("latent_statistics", "- mean.square())", "- mean * mean)"),
     (
         "shift_alpha",
         "math.sqrt(num_tokens * latent_dim / 4096)",
         "(num_tokens * latent_dim) ** 0.5 / 64",
     ),
     ("shift_time", "alpha * t / (1 + (alpha - 1) * t)", "t / (t + (1 - t) / alpha)"),
+    ("time_grid", "1 - torch.linspace(0, 1 - t_last,", "torch.linspace(1, t_last,"),
     (
-        "time_grid",
-        "t_first - torch.linspace(0, t_first - t_last,",
-        "torch.linspace(t_first, t_last,",
+        "draw_time",
+        "torch.randn(n, generator=generator, device=device).sigmoid()",
+        "1 / (1 + (-torch.randn(n, generator=generator, device=device)).exp())",
+    ),
+    (
+        "draw_time",
+        "torch.randn(n, generator=generator, device=device)",
+        "torch.special.ndtri(torch.rand(n, generator=generator, dtype=torch.float64)).float()",
+    ),
+    ("flow_loss", "v = eps - z", "v = (x_t - z) / t[:, None, None].clamp(min=1e-9)"),
+    ("flow_loss", ".mean(dim=(1, 2))", ".flatten(1).double().mean(1)"),
+    (
+        "RoPE2d.forward",
+        "torch.stack([-b, a], dim=-1).flatten(-2)",
+        "torch.stack((-b, a), -1).reshape(x.shape)",
+    ),
+    (
+        "DiTDH.forward",
+        "t_emb = self.t_embedder(t)[:, None]",
+        "t_emb = self.t_embedder(t).unsqueeze(1)",
     ),
     (
         "update_ema",
@@ -280,18 +313,22 @@ RIGHT = [
         "np.sqrt(eigenvalues).real.sum()",
         "np.sqrt(np.maximum(eigenvalues.real, 0)).sum()",
     ),
-    ("RAE.noised", "sigma * eps", "eps * sigma"),
     (
-        "RAE.noised",
-        "tokens + torch.stack(noise)",
-        "torch.stack([a + b for a, b in zip(tokens, noise)])",
+        "draw_sigma",
+        "torch.randn(n, generator=generator, device=device).abs()",
+        "torch.randn(n, generator=generator, device=device).square().sqrt()",
     ),
-    ("adaptive_weight", "g_rec.norm()", "g_rec.double().square().sum().sqrt()"),
+    (
+        "add_noise",
+        "tokens + sigma[:, None, None] * eps",
+        "torch.stack([x + s * e for x, s, e in zip(tokens, sigma, eps)])",
+    ),
+    ("adaptive_weight", "rec_grad.norm()", "rec_grad.double().square().sum().sqrt()"),
 ]
 
 
 def exercise_of(function):
-    """The exercise that a function is of, and the function's file."""
+    """A function's exercise and file."""
     for exercise in EXERCISES:
         for file, name in exercise["functions"]:
             if name == function:
@@ -300,11 +337,11 @@ def exercise_of(function):
 
 
 def put(function, old, new):
-    """Give the imported module our function with the change."""
+    """Replace our function in its imported module by the edited one."""
     _, file = exercise_of(function)
     source = (ROOT / file).read_text()
     text = textwrap.dedent(lines_of(source, function))
-    end = text.rindex('"""')  # of the docstring, which may say the same as the code
+    end = text.rindex('"""')  # the edit is below the docstring, which may contain the same text
     assert text[end:].count(old) == 1, (function, old)
     module = importlib.import_module(Path(file).stem)
     names = {}
@@ -314,7 +351,7 @@ def put(function, old, new):
 
 
 class Repeat:
-    """A plugin of pytest that runs every test so many times."""
+    """A pytest plugin that runs every test several times."""
 
     def __init__(self, times):
         self.times = times
@@ -342,20 +379,26 @@ def grade(function, old, new, times=1):
 
 
 def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--only", metavar="FUNCTION", help="grade the answers of one function")
+    p.add_argument("--times", type=int, default=1, help="runs of the tests of right answers")
+    args = p.parse_args()
+
+    # Import once what the forked processes share.
     import dit_dh  # noqa: F401
     import fid  # noqa: F401
     import rae  # noqa: F401
     import train_decoder  # noqa: F401
 
-    times = int(sys.argv[1]) if len(sys.argv) > 1 else 1
-    for answers, name, code, repeat in ((WRONG, "wrong", 1, 1), (RIGHT, "right", 0, times)):
-        found = 0
+    for name, answers, want, times in (("wrong", WRONG, 1, 1), ("right", RIGHT, 0, args.times)):
+        answers = [answer for answer in answers if args.only in (None, answer[0])]
+        num_correct = 0
         for answer in answers:
-            got = grade(*answer, repeat)
-            found += got == code
-            if got != code:
-                print(f"{name}, but {got}: {answer}", flush=True)
-        print(f"{found} of {len(answers)} {name} answers graded so", flush=True)
+            code = grade(*answer, times)
+            num_correct += code == want
+            if code != want:
+                print(f"{name}, but pytest's exit code is {code}: {answer}", flush=True)
+        print(f"{num_correct} of {len(answers)} {name} answers are graded as {name}", flush=True)
 
 
 if __name__ == "__main__":
