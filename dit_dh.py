@@ -165,7 +165,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """x (B, N, D) under c (B, 1, D) or (B, N, D) -> velocity (B, N, C)."""
+    """Project x (B, N, D), modulated by c (B, 1, D) or (B, N, D), to the velocity (B, N, C)."""
 
     def __init__(self, width, latent_dim):
         super().__init__()
@@ -232,7 +232,7 @@ class DiTDH(nn.Module):
     def initialize_weights(self):
         """Initialize like the official models, which start by predicting zero."""
         # Xavier-uniform for all linear layers of the plain DiT, like the original DiT. In the
-        # official DiT^DH it is for the token embedders (Conv2d) only; the rest keeps PyTorch's
+        # official DiT^DH it applies to the token embedders (Conv2d) only; the rest keeps PyTorch's
         # default. Some layers are overwritten below.
         for module in self.modules():
             plain_linear = isinstance(module, nn.Linear) and not self.has_wide_head
@@ -251,7 +251,7 @@ class DiTDH(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def run_blocks(self, blocks, x, c, rope):
-        """Run x (B, N, D) through some blocks, all with the same condition."""
+        """Run x (B, N, D) through blocks that share one condition."""
         for block in blocks:
             if self.checkpoint_activations:
                 # Blocks have no dropout, so there is no random state to preserve.
@@ -278,7 +278,7 @@ class DiTDH(nn.Module):
         s = self.s_projector(F.silu(s + t_emb))  # (B, N, D_head)
 
         # Head: predict the velocity from the noisy latent, conditioned on s. It needs no position
-        # embedding: s already encodes the positions, and RoPE adds them in attention.
+        # embedding: s already encodes the positions, and RoPE gives attention the relative ones.
         head_blocks = self.blocks[self.backbone_depth :]
         x = self.x_embedder(x_t).float()  # float32 residual stream, even under autocast
         x = self.run_blocks(head_blocks, x, s, self.dec_feat_rope)  # (B, N, D_head)
@@ -292,9 +292,9 @@ class DiTDH(nn.Module):
 def shift_alpha(num_tokens, latent_dim):
     """Schedule shift alpha = sqrt(N C / 4096) (section 4.2).
 
-    Noise is independent across the N C numbers of a latent, while the image is redundant. At the
-    same t, more of the image therefore survives the noise in a larger latent, and the shift moves t
-    towards noise to compensate. (alpha = 1 below 4096 numbers is our choice.)
+    Noise is independent in each of the N C numbers, while the image is redundant across them. At
+    the same t, more of the image therefore survives the noise in a larger latent, and the shift
+    moves t towards noise to compensate. (Clamping alpha to at least 1 is our choice.)
     """
     return max(1.0, math.sqrt(num_tokens * latent_dim / 4096))
 
@@ -362,8 +362,8 @@ def sample(
         AutoGuidance:       v = v_weak + guidance_scale (v - v_weak)
 
     v_null is the prediction for the null label, v_weak that of guidance_model, which is smaller or
-    less trained. A scale of 1 disables guidance. It acts only at (shifted) timesteps inside
-    `interval`. ValueError if both kinds are requested.
+    less trained. A scale of 1 disables guidance. Guidance applies only at (shifted) timesteps
+    inside `interval`. ValueError if both kinds are requested.
     """
     use_cfg = cfg_scale != 1.0
     use_autoguidance = guidance_model is not None and guidance_scale != 1.0
@@ -417,7 +417,7 @@ def read_config(state):
     wide_head = None
     rope_table = "feat_rope.freqs_cos"  # (N, head_dim)
     if "s_embedder.proj.weight" in state:
-        # Shapes can't separate an equally wide backbone and head. Official heads have two blocks.
+        # Shapes can't tell the backbone from a head of equal width. Official heads have two blocks.
         head_depth = block_widths.count(head_width) if head_width != width else 2
         head_dim = state["dec_feat_rope.freqs_cos"].shape[1]
         wide_head = (head_width, head_depth, head_width // head_dim)

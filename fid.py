@@ -56,9 +56,9 @@ METRICS = {
 # ---------------------------------------------------------------------------------------------
 # The Inception network
 #
-# FID is defined by one network, the 2015 Inception in TensorFlow with its weights. Layers and names
-# are those of torchvision's and timm's inception_v3, but the pools differ. With other pools or
-# weights, numbers can't be compared with published ones.
+# FID is defined by one network, TensorFlow's Inception of 2015 with its original weights. Layers
+# and names are those of torchvision's and timm's inception_v3, but the pools differ. With other pools
+# or weights, numbers can't be compared with published ones.
 
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -101,7 +101,7 @@ class Inception(nn.Module):
         """Feed pool(x) to the block's pooling branch.
 
         timm pools by a function call inside the block, so there is no module to replace: hooks
-        keep the block's input x, and swap what the branch gets.
+        keep the block's input x and replace the branch's input.
         """
         block = self.net.get_submodule(name)
         kept = {}
@@ -191,8 +191,9 @@ class EncoderFeatures:
         self.label = None
 
     def __call__(self, images):
-        if len({image.shape for image in images}) > 1:
-            raise UsageError("encoder features need images of one size; pass --crop")
+        side = images[0].shape[1]
+        if any(image.shape != (3, side, side) for image in images):
+            raise UsageError("encoder features need square images of one size; pass --crop")
         images = torch.stack(images).float() / 255  # (B, 3, H, W)
         if self.encoder is None:
             self.encoder = load_encoder(self.name, images.shape[-1]).to(self.device)
@@ -208,7 +209,7 @@ def read_npz(path):
     try:
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
-    except Exception as error:  # numpy raises half a dozen types for damaged and other files
+    except Exception as error:  # numpy raises many types for damaged files
         raise UsageError(f"{path}: not a readable .npz ({error})") from error
 
 
@@ -245,7 +246,7 @@ def extract_features(images, features, crop, batch_size, device):
     Ranks take batches in turn, and rank 0 gets everything. The batches, and so rounding, are the
     same for any world size.
     """
-    first = read_image(images[0], crop).to(device)  # to learn the sizes of features
+    first = read_image(images[0], crop).to(device)  # to get the feature dimensions
     outputs = [torch.zeros(len(images), x.shape[1]) for x in features([first])]
     for batch in progress(rank_batches(len(images), batch_size), "features"):
         pixels = [read_image(images[i], crop).to(device) for i in batch]
@@ -262,7 +263,7 @@ def extract_features(images, features, crop, batch_size, device):
 
 
 def load_statistics(source, metrics, features, args, device):
-    """What the metrics are computed from: read from the source's file, or else from its images.
+    """Read a source's statistics from its file, or compute them from its images.
 
     A dict with the names in METRICS, the number n of images, the size of the first one, and a label
     naming preprocessing and network. On ranks other than 0 it is incomplete.
@@ -274,7 +275,7 @@ def load_statistics(source, metrics, features, args, device):
         arrays = {name: arrays[name] for name in arrays if name == "arr_0"}
     has_statistics = "mu" in arrays or "mu_s" in arrays
     if has_statistics and "label" not in arrays:  # ADM's files, pytorch-fid's
-        arrays["label"] = features.label or "inception"
+        arrays["label"] = features.label if isinstance(features, InceptionFeatures) else "inception"
         print0(f"{source} does not record its features; assuming {arrays['label']}")
     missing = [m for m in metrics if not arrays.keys() >= set(METRICS[m])]
     if not missing:
@@ -354,7 +355,7 @@ def knn_radii(features, k=3):
 def precision_recall(samples, references):
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features (n, D) and (m, D).
 
-    Every image has a ball that reaches to its third neighbor in its own set. Precision is the share
+    Every image has a ball that reaches its third neighbor in its own set. Precision is the share
     of samples inside any reference's ball, recall the share of references inside any sample's.
     """
     samples = samples.double()  # cdist computes |a|^2 + |b|^2 - 2 a b, which cancels in float32
@@ -455,7 +456,7 @@ def main():
         scores["precision"], scores["recall"] = precision_recall(*pool3)
     n = int(samples.get("n", 0))
     if "FID" in scores and 0 < n < 2048:
-        print(f"FID from {n} images, fewer than its 2,048 features, is far too high")
+        print(f"warning: {n} images are fewer than FID's 2,048 features; it is biased upward")
     for name, score in scores.items():
         print(f"{name} {score:.4f}", end="  ")
     print(f"({n or 'unknown number of'} samples, reference {args.reference}, {label})")

@@ -46,15 +46,15 @@ class UsageError(Exception):
 # ---------------------------------------------------------------------------------------------
 # Encoder
 
-# name: (timm model, antialias, timm options). timm's defaults differ from the official code in two
-# places: antialiasing when a position embedding is resized, and tanh-GELU.
+# name: (timm model, antialias, timm options). timm and the official code disagree on two things:
+# antialiasing when position embeddings are resized, and exact or tanh GELU.
 ENCODERS = {
     "dinov2-s": ("vit_small_patch14_reg4_dinov2.lvd142m", True, {}),
     "dinov2-b": ("vit_base_patch14_reg4_dinov2.lvd142m", True, {}),
     "dinov2-l": ("vit_large_patch14_reg4_dinov2.lvd142m", True, {}),
     "siglip2-b": ("vit_base_patch16_siglip_256.v2_webli", False, {"act_layer": "gelu_tanh"}),
     "mae-b": ("vit_base_patch16_224.mae", False, {}),
-    # Backbone of train_decoder.py's discriminator. (The original DINO has the exact GELU.)
+    # Backbone of train_decoder.py's discriminator. (The original DINO uses exact GELU.)
     "dino-s8": ("vit_small_patch8_224.dino", True, {"act_layer": "gelu_tanh"}),
 }
 
@@ -202,8 +202,8 @@ class Decoder(nn.Module):
 class RAE(nn.Module):
     """Encoder, decoder, and the statistics that normalize the latents between them.
 
-    mean and var, (C, h, w), are per channel and position, over the training set. The diffusion
-    model is trained on z = (tokens - mean) / sqrt(var + 1e-5); the decoder takes plain tokens.
+    mean and var, (C, h, w), hold one value per channel and position, over the training set. The
+    diffusion model is trained on z = (tokens - mean) / sqrt(var + 1e-5); the decoder on tokens.
     """
 
     def __init__(self, encoder, decoder, mean, var):
@@ -229,7 +229,7 @@ class RAE(nn.Module):
         return self.encoder.denormalize(self.decoder(z * self.latent_std + self.latent_mean))
 
     def latent_hash(self):
-        """Identify the latent space, to notice an encoder that was retrained under its old name."""
+        """Fingerprint the latent space, to detect an encoder retrained under the same name."""
         blocks = self.encoder.vit.blocks.state_dict()
         return hash_tensors([*blocks.values(), self.latent_mean, self.latent_std])
 
@@ -255,8 +255,8 @@ RELEASED_DECODERS = {  # name: encoder, folder, decoder, statistics
     "siglip2-b": ("siglip2-b", "siglip2/base_p16_i256", "ViTXL_n08", "ImageNet1k"),
     "mae-b": ("mae-b", "mae/base_p16", "ViTXL_n08", "ImageNet1k"),
 }
-# Our parameter names and the official decoder's, which come from Hugging Face's ViT. In this order:
-# the last official name is part of another one. extras/to_official.py renames the other way.
+# Our parameter names and the official decoder's, which come from Hugging Face's ViT. Order matters:
+# the last official name also ends another one. extras/to_official.py renames the other way.
 OFFICIAL_NAMES = [
     ("norm1.", "layernorm_before."),
     ("query.", "attention.attention.query."),
@@ -424,7 +424,7 @@ def open_image(path):
     try:
         image = Image.open(path, formats=IMAGE_FORMATS)
         image.load()
-        if image.mode in ("I", "F") and image.format != "PNG":
+        if image.mode in ("I", "F") and image.format not in ("PNG", "PPM"):
             raise ValueError("pixels of 32 bits")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit gray, which older Pillow opens in mode I
@@ -574,7 +574,7 @@ def setup_distributed(args):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         torch.cuda.set_device(device)
     if world_size > 1:
-        # Imported after init_process_group, timm keeps the group alive, and gloo crashes at exit.
+        # Import timm first; otherwise it keeps the group alive, and gloo crashes at exit.
         import timm  # noqa: F401
 
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -75,9 +75,9 @@ def get_args():
     p.add_argument("--steps", type=positive_int, default=50, help="Euler steps (official: 49)")
     p.add_argument("--t-last", type=bounded(0, 0.999), default=0.0, help="last t (official: 0.001)")
     p.add_argument("--alpha", type=bounded(1e-3), help="schedule shift (default: as in training)")
-    p.add_argument("--cfg-scale", type=bounded(0), help="classifier-free guidance, 1: none")
+    p.add_argument("--cfg-scale", type=bounded(0), help="classifier-free guidance (1: off)")
     p.add_argument("--guidance-model", help="AutoGuidance: checkpoint of the weaker model")
-    p.add_argument("--guidance-scale", type=bounded(0), default=1.42, help="with it (512 px: 1.5)")
+    p.add_argument("--guidance-scale", type=bounded(0), default=1.42, help="512 px: 1.5")
     p.add_argument(
         "--interval",
         type=bounded(0, 1),
@@ -163,14 +163,14 @@ def save_grid(images, path, columns):
 
 
 def save_png(image, path):
-    """Write image (H, W, 3) uint8 under another name, then rename: no half-written PNG is left."""
+    """Write image (H, W, 3) uint8, then rename: a kill never leaves a half-written PNG."""
     temporary = f"{path}.{os.getpid()}.tmp"
     Image.fromarray(image).save(temporary, "PNG")
     os.replace(temporary, path)
 
 
 def claim_folder(folder, settings):
-    """Create the folder and note the settings in it. UsageError if it was made with others."""
+    """Create the folder and record its settings; UsageError if it has recorded others."""
     path = folder / "settings.json"
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -230,8 +230,8 @@ def main():
     timesteps = time_grid(args.steps, alpha, args.t_last)
     print0(f"{args.num} images in {args.steps} steps, alpha {alpha:.3f}")
 
-    # A folder belongs to one set of flags, so that settings don't mix. A checkpoint that has been
-    # overwritten since counts as another setting.
+    # A folder belongs to one set of flags, so that settings don't mix. An overwritten checkpoint
+    # counts as a changed setting.
     if rank == 0:
         models = [args.ckpt, args.guidance_model or args.ckpt]
         settings = vars(args) | {"model_times": [os.path.getmtime(find_file(m)) for m in models]}

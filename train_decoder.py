@@ -4,9 +4,9 @@
     python train_decoder.py --data FOLDER --encoder my_encoder.pt    # your images
     torchrun --standalone --nproc_per_node=8 train_decoder.py --preset imagenet256
 
-The loss is L1 + LPIPS + 0.75 lambda GAN, where lambda rescales the GAN's gradient to the norm of
-the others'. LPIPS and the discriminator run on features of frozen networks (--loss-networks): VGG16
-and DINO-S/8 as in the paper, or the encoder itself, which needs no download.
+The loss is L1 + LPIPS + 0.75 lambda GAN, where lambda rescales the GAN's gradient to match the norm
+of the other losses'. LPIPS and the discriminator run on features of frozen networks, chosen by
+--loss-networks: VGG16 and DINO-S/8 as in the paper, or the encoder itself, which needs no download.
 
 Writes checkpoint.pt, log.jsonl and grid_*.png (rows: images, reconstructions, reconstructions from
 noisy tokens) to --out. Rerun the same command to resume.
@@ -145,7 +145,7 @@ class VGGFeatures(nn.Module):
 
 
 class PerceptualLoss(nn.Module):
-    """Distance (B,) of two batches of images in [0, 1] in a frozen network's feature space.
+    """Distance (B,) between two batches of images in [0, 1] in a frozen network's feature space.
 
     Features are normalized to unit length; squared differences are weighted by channel, averaged
     over positions and summed over layers. With VGGFeatures and the learned weights this is LPIPS
@@ -271,8 +271,8 @@ def hinge_d_loss(logits_real, logits_fake):
 def adaptive_weight(rec_grad, gan_grad):
     """lambda = |rec_grad| / (|gan_grad| + 1e-6) in [0, 1e4], as in VQGAN (Esser et al. 2021).
 
-    Times lambda, the GAN's gradient has the norm of the reconstruction loss's. Both are taken at
-    the last layer's weight, as in the official code (in the paper, at the image).
+    Scaled by lambda, the GAN gradient has the norm of the reconstruction gradient. Both are taken
+    at the last layer's weight, as in the official code (in the paper, at the image).
     """
     return (rec_grad.norm() / (gan_grad.norm() + 1e-6)).clamp(0, 1e4).detach()
 
@@ -512,7 +512,7 @@ def main():
     if (out / "checkpoint.pt").exists():
         checkpoint = rae.load(out / "checkpoint.pt")
         if "mean" not in checkpoint:
-            raise UsageError(f"{out} has another kind of run; change --out")
+            raise UsageError(f"{out} holds a different kind of run; change --out")
         mean = checkpoint["mean"]
         var = checkpoint["var"]
     else:
@@ -547,7 +547,6 @@ def main():
         "var": var,
         "latent_hash": latent_hash,
     }
-    rae.print0(f"{len(data)} images, decoder {args.size}")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         log = rae.open_log(out, first_step)
@@ -572,8 +571,8 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         for group in d_optimizer.param_groups:
-            # The discriminator's schedule starts, with its warm-up, at its own first step. So it
-            # never reaches lr_end, as in the official code.
+            # The discriminator's schedule, warm-up included, starts at its own first step, so it
+            # never reaches lr_end. The official code does the same.
             group["lr"] = learning_rate(max(0, step - start_d), args)
 
         # Draw noise levels and augmentations for the whole global batch, then slice out this rank's
@@ -627,8 +626,8 @@ def main():
             rae.update_ema(ema, decoder, args.ema, step)
         optimizer.zero_grad()
 
-        # Discriminator step, on what users will see: reconstructions by the updated decoder from
-        # tokens without noise, rounded to 8 bits.
+        # Discriminator step, on images as finally decoded: by the updated decoder, from tokens
+        # without noise, rounded to 8 bits.
         if args.disc_weight > 0 and step >= start_d:
             discriminator.train().requires_grad_(True)
             for micro, tokens in zip(micro_batches, clean_tokens):
@@ -652,7 +651,7 @@ def main():
                 finite = False
             d_optimizer.zero_grad()
 
-        # A step without a finite gradient is skipped; five in a row end the run.
+        # A step whose gradient is not finite is skipped; five in a row end the run.
         if finite:
             loss_sums += torch.cat([losses, d_loss])
             num_summed += 1
@@ -661,7 +660,7 @@ def main():
             skipped += 1
             skipped_in_a_row += 1
             if skipped_in_a_row == 5:
-                raise UsageError("no finite gradient in five steps; try a lower --lr or fp32")
+                raise UsageError("five non-finite gradients in a row; lower --lr or use fp32")
         images_done += args.global_batch_size
         done = step + 1  # steps completed
         final = done == args.steps
@@ -693,7 +692,7 @@ def main():
             rae.write_log(log, {"step": done, **numbers})
             save_grid(grid, out / f"grid_{done:07d}.png", columns=len(grid) // 3)
 
-        # Save last, so that any log line and grid due at step N exist already.
+        # Save last, so that a checkpoint of step N implies its log line and grid exist.
         if rank == 0 and (done % args.save_every == 0 or final):
             checkpoint = {
                 "model": decoder.state_dict(),

@@ -47,8 +47,8 @@ from rae import (
 )
 from sample import balanced_labels, generate, load_model, save_grid
 
-# Two minutes on two CPU cores. alpha was tuned between 1 and 5.66; the paper's formula gives 1 for
-# latents this small.
+# Two minutes on two CPU cores. alpha = 4 is about the best value between 1 and 5.66; the paper's
+# formula gives 1 for latents this small.
 TOY = {
     "data": "toy",
     "decoder": "toy",
@@ -91,7 +91,7 @@ PRESETS = {
     "imagenet512": IMAGENET
     | {"decoder": "released:dinov2-b-512", "micro_batch_size": 16, "steps": 500400},
 }
-# Flags that may change on resume. Images and latents are compared by their hashes instead.
+# Flags that may change on resume. Paths may, because contents of images and latents are hashed.
 MAY_CHANGE = {
     "preset",
     "out",
@@ -282,7 +282,7 @@ def main():
         drop = drop[rows.start : rows.stop] < args.label_drop  # (b,)
         labels = labels.to(device, non_blocking=True)  # (b,)
         images = images.to(device, non_blocking=True)  # (b, 3, H, W) uint8
-        y = torch.where(drop, model.num_classes, labels)  # (b,), with the null label num_classes
+        y = torch.where(drop, model.num_classes, labels)  # (b,); num_classes is the null label
 
         # Loss and gradients, one micro-batch at a time. In the last backward pass DDP averages the
         # gradients over the ranks (the flag is a shortcut for no_sync). The encoder runs in float32
@@ -298,7 +298,7 @@ def main():
             (loss.sum() / len(rows)).backward()
             losses.append(loss.detach())
 
-        # Update. A step without a finite gradient is skipped; five in a row end the run.
+        # Update. A step whose gradient is not finite is skipped; five in a row end the run.
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
@@ -313,7 +313,7 @@ def main():
             skipped += 1
             skipped_in_a_row += 1
             if skipped_in_a_row == 5:
-                raise UsageError("no finite gradient in five steps; try a lower --lr or fp32")
+                raise UsageError("five non-finite gradients in a row; lower --lr or use fp32")
         optimizer.zero_grad()
         images_done += args.global_batch_size
         done = step + 1  # steps completed
@@ -349,7 +349,7 @@ def main():
             )
             save_grid(grid, out / f"samples_{done:07d}.png", columns=len(classes))
 
-        # Save last, so that any log line and samples due at step N exist already.
+        # Save last, so that a checkpoint of step N implies its log line and samples exist.
         if rank == 0 and args.keep_every and done % args.keep_every == 0:
             kept = {"ema": ema.state_dict(), "config": model.config, "rae": rae_files}
             atomic_save(kept | {"settings": settings}, out / f"ema_{done:07d}.pt")

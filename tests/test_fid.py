@@ -534,7 +534,7 @@ def test_mistakes(run, sides, tmp_path):
         (f"a other.npz {TOY}", "label: a has encoder toy .*other.npz has encoder toy 0123"),
         (f"big b.npz {TOY}", "size: big has 48x48, b.npz has 32x32; pass --crop"),
         (f"statistics.npz {TOY} --save c.npz", "statistics.npz: has no images"),
-        (f"uneven a {TOY}", "need images of one size; pass --crop"),
+        (f"uneven a {TOY}", "need square images of one size; pass --crop"),
         (f"broken a {TOY}", "broken/1.png' cannot be read as an image"),
         (f"a b {TOY} --num 1", "a: needs at least two images"),
         (f"none b {TOY}", "none: no such folder, or no images in it"),
@@ -565,6 +565,14 @@ def test_images_that_turn_out_uneven(tmp_path):
     with pytest.raises(UsageError, match="images of one size; pass --crop"):
         extract_features(R.list_images(tmp_path), features, None, 66, "cpu")
     assert features.label.startswith("encoder toy ")
+
+
+@pytest.mark.parametrize("size", [(40, 32), (32, 40)])
+def test_encoder_features_need_square_images(run, tmp_path, size):
+    save_images(tmp_path / "wide", 3, size=size)
+    with pytest.raises(SystemExit, match="error: .*pass --crop"):
+        run("fid.py", f"wide wide {TOY}")
+    run("fid.py", f"wide wide {TOY} --crop 32")
 
 
 def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
@@ -599,7 +607,7 @@ def test_saved_statistics_give_the_same_numbers(run, sides, inception_file):
     said = run("fid.py", f"a b {ALL} {weights}")
     want = scores_of(said)
     assert want.keys() == {"FID", "sFID", "IS", "precision", "recall"}
-    assert re.search("FID (of|from) 13 images.* is far too high", said)
+    assert "13 images are fewer than FID's 2,048 features" in said
     assert "(13 samples, reference b, adm, inception " in said
     for side in ("a", "b"):
         said = run("fid.py", f"{side} --save {side}.npz --batch-size 4 {weights}")

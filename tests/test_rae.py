@@ -138,6 +138,11 @@ def test_16_bits_exif_and_transparency(tmp_path):
         assert pixels.shape == (8, 8, 3)
         assert np.abs(pixels - ramp[..., None] / 257).max() <= 0.5
 
+    for dtype in (np.float32, np.int32):
+        Image.fromarray(np.full((4, 4), 100000, dtype)).save(tmp_path / "32.tif")
+        with pytest.raises(UsageError, match="32.tif' cannot be read as an image: .*32 bits"):
+            R.open_image(tmp_path / "32.tif")
+
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate clockwise to view
     image = Image.new("RGB", (10, 4))
