@@ -57,8 +57,8 @@ METRICS = {
 # The Inception network
 #
 # FID is defined by one network, TensorFlow's Inception of 2015 with its original weights. Layers
-# and names are those of torchvision's and timm's inception_v3, but the pools differ. With other pools
-# or weights, numbers can't be compared with published ones.
+# and names are those of torchvision's and timm's inception_v3, but the pools differ. With other
+# pools or weights, numbers can't be compared with published ones.
 
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
