@@ -4,7 +4,7 @@
     z = rae.encode(images)      # (B, 3, H, W) in [0, 1] -> latents (B, N, C), normalized
     images = rae.decode(z)      # (B, N, C) -> (B, 3, H, W)
 
-The method comes first: encoder, decoder, the autoencoder and its latent statistics. Then come
+The method comes first: encoder, decoder, and the autoencoder with its normalization. Then come
 loading, images, and the plumbing that the training scripts share.
 
 Letters, the same in every file:
@@ -295,7 +295,7 @@ def download(file):
 
 
 def load(path):
-    """Read a dict that torch.save wrote; pickles that could run code are refused."""
+    """Read a dict that torch.save wrote; it never runs code from a pickle."""
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file")
     try:
