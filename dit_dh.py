@@ -402,8 +402,11 @@ def load_dit(file):
     """
     if not isinstance(file, dict):
         file = torch.load(file, map_location="cpu", weights_only=True)
-    state = file.get("ema", file)
-    model = DiTDH(**(file.get("config") or read_config(state)))
+    state = file.get("ema") or file
+    # Drop the prefixes of DDP and of torch.compile.
+    state = {k.replace("module.", "").replace("_orig_mod.", ""): w for k, w in state.items()}
+    config = file.get("config") or {}
+    model = DiTDH(**(config if "latent_dim" in config else read_config(state)))
     model.load_state_dict(state)
     return model.eval()
 

@@ -35,6 +35,7 @@ from rae import (
     list_images,
     load,
     load_encoder,
+    make_folder,
     open_image,
     positive_int,
     print0,
@@ -262,43 +263,52 @@ def extract_features(images, features, crop, batch_size, device):
     return outputs
 
 
-def load_statistics(source, metrics, features, args, device):
-    """Read a source's statistics from its file, or compute them from its images.
+def saved_statistics(source, arrays, features):
+    """The statistics in an .npz, with the label of their features. Empty if it has none."""
+    if "mu" not in arrays and "mu_s" not in arrays:
+        return {}
+    saved = {name: arrays[name] for name in arrays if name != "arr_0"}
+    if "label" not in saved:  # files of ADM and pytorch-fid
+        is_inception = isinstance(features, InceptionFeatures)
+        saved["label"] = features.label if is_inception else "inception"
+        print0(f"{source} does not record its features; assuming {saved['label']}")
+    return saved | {"label": str(saved["label"])}
 
-    A dict with the names in METRICS, the number n of images, the size of the first one, and a label
-    naming preprocessing and network. On ranks other than 0 it is incomplete.
+
+def compute_statistics(images, metrics, features, args, device):
+    """What `metrics` need from images, named as in METRICS, the number n of images, the size of the
+    first one, and the label of the features. Incomplete on ranks other than 0.
     """
-    arrays = {}
-    if source.endswith(".npz"):
-        arrays = read_npz(source)
-    if args.save:  # saved statistics come from images only
-        arrays = {name: arrays[name] for name in arrays if name == "arr_0"}
-    has_statistics = "mu" in arrays or "mu_s" in arrays
-    if has_statistics and "label" not in arrays:  # ADM's files, pytorch-fid's
-        arrays["label"] = features.label if isinstance(features, InceptionFeatures) else "inception"
-        print0(f"{source} does not record its features; assuming {arrays['label']}")
-    missing = [m for m in metrics if not arrays.keys() >= set(METRICS[m])]
-    if not missing:
-        return arrays
-    if has_statistics and str(arrays["label"]) != features.label:
-        raise UsageError(f"{source} has features {arrays['label']}, not {features.label}")
-
-    images = open_images(source, arrays, args.num)
     height, width = read_image(images[0], args.crop).shape[1:]
     outputs = extract_features(images, features, args.crop, args.batch_size, device)
-    arrays |= {"label": features.label, "n": len(images), "size": f"{width}x{height}"}
+    statistics = {"label": features.label, "n": len(images), "size": f"{width}x{height}"}
     if get_rank() > 0:
-        return arrays
-    if "fid" in missing:
-        arrays["mu"], arrays["sigma"] = mean_and_covariance(outputs[0])
-    if "sfid" in missing:
-        arrays["mu_s"], arrays["sigma_s"] = mean_and_covariance(outputs[1])
-    if "is" in missing:
+        return statistics
+    if "fid" in metrics:
+        statistics["mu"], statistics["sigma"] = mean_and_covariance(outputs[0])
+    if "sfid" in metrics:
+        statistics["mu_s"], statistics["sigma_s"] = mean_and_covariance(outputs[1])
+    if "is" in metrics:
         logits = features.network.logits(outputs[0].to(device))  # (n, 1008)
-        arrays["inception_score"] = inception_score(logits.cpu())
-    if "pr" in missing:
-        arrays["pool3"] = outputs[0]
-    return arrays
+        statistics["inception_score"] = inception_score(logits.cpu())
+    if "pr" in metrics:
+        statistics["pool3"] = outputs[0]
+    return statistics
+
+
+def load_statistics(source, metrics, features, args, device):
+    """The statistics of a source: those saved in its file, the others computed from its images."""
+    arrays = read_npz(source) if source.endswith(".npz") else {}
+    saved = {}
+    if not args.save:  # new files are made from images only
+        saved = saved_statistics(source, arrays, features)
+    missing = [m for m in metrics if not saved.keys() >= set(METRICS[m])]
+    if not missing:
+        return saved
+    if saved and saved["label"] != features.label:
+        raise UsageError(f"{source} has features {saved['label']}, not {features.label}")
+    images = open_images(source, arrays, args.num)
+    return saved | compute_statistics(images, missing, features, args, device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -408,7 +418,7 @@ def main():
             features_name = "encoder:toy"
     if args.save:
         metrics = ["fid", "sfid"] if features_name == "inception" else ["fid"]
-        Path(args.save).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(args.save).parent)
     if not METRICS.keys() >= set(metrics):
         raise UsageError(f"--metrics {args.metrics}: must be of {','.join(METRICS)}")
     if features_name == "inception":
@@ -421,28 +431,27 @@ def main():
     samples = load_statistics(args.samples, metrics, features, args, device)
     if args.save:
         if rank == 0:
-            samples.pop("arr_0", None)
             np.savez(args.save, **samples)
-            print(f"wrote {args.save}: {samples['n']} images, {samples['size']}, {features.label}")
+            n = samples["n"]
+            print0(f"wrote {args.save}: {n} images, {samples['size']}, {features.label}")
         return
     compared = [metric for metric in metrics if metric != "is"]  # IS needs no reference
     reference = load_statistics(args.reference, compared, features, args, device)
     if rank > 0:
         return
     for name in ("label", "size"):
-        ours = str(samples.get(name))
-        theirs = str(reference.get(name, ours))
-        if name in samples and ours != theirs:
+        ours = samples.get(name)
+        theirs = reference.get(name)
+        if ours and theirs and str(ours) != str(theirs):
             raise UsageError(
                 f"different {name}: {args.samples} has {ours}, {args.reference} has {theirs}; "
                 "pass --crop, or save new statistics"
             )
 
     scores = {}
-    label = str(samples.get("label"))
     if "fid" in metrics:
         gaussians = (samples["mu"], samples["sigma"], reference["mu"], reference["sigma"])
-        name = "FID" if "inception" in label else "Frechet distance"
+        name = "FID" if "inception" in samples["label"] else "Frechet distance"
         scores[name] = frechet_distance(*gaussians)
     if "sfid" in metrics:
         gaussians = (samples["mu_s"], samples["sigma_s"], reference["mu_s"], reference["sigma_s"])
@@ -450,16 +459,14 @@ def main():
     if "is" in metrics:
         scores["IS"] = samples["inception_score"]
     if "pr" in metrics:
-        if device.type == "mps":
-            device = "cpu"  # MPS has no float64
-        pool3 = (samples["pool3"].to(device), reference["pool3"].to(device))
+        pool3 = (samples["pool3"], reference["pool3"])
         scores["precision"], scores["recall"] = precision_recall(*pool3)
     n = int(samples.get("n", 0))
     if "FID" in scores and 0 < n < 2048:
-        print(f"warning: {n} images are fewer than FID's 2,048 features; it is biased upward")
-    for name, score in scores.items():
-        print(f"{name} {score:.4f}", end="  ")
-    print(f"({n or 'unknown number of'} samples, reference {args.reference}, {label})")
+        print0(f"warning: {n} images are fewer than FID's 2,048 features; it is biased upward")
+    numbers = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
+    of = f"{n or 'unknown number of'} samples, reference {args.reference}, {samples['label']}"
+    print0(f"{numbers}  ({of})")
 
 
 if __name__ == "__main__":

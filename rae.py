@@ -4,8 +4,7 @@
     z = rae.encode(images)      # (B, 3, H, W) in [0, 1] -> latents (B, N, C), normalized
     images = rae.decode(z)      # (B, N, C) -> (B, 3, H, W)
 
-The method comes first: encoder, decoder, and the autoencoder with its normalization. Then come
-loading, images, and the plumbing that the training scripts share.
+After the method come loading, images, and plumbing that the scripts share.
 
 Letters, the same in every file:
     B batch      N tokens = h w      C latent channels      D transformer width
@@ -19,9 +18,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
+import warnings
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -314,6 +314,13 @@ def atomic_save(content, path):
     os.replace(temporary, path)
 
 
+def make_folder(path):
+    """Create a folder, and check before the work that we can write to it."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise UsageError(f"{path}: no permission to write")
+
+
 def load_timm(model, weights=None, **options):
     """A timm model without its classifier. weights: a local file to read instead of downloading."""
     import timm
@@ -364,8 +371,8 @@ def load_decoder(file, name="decoder"):
     file: a checkpoint of train_decoder.py, or a state dict with the official names. Sizes are read
     from tensor shapes, except the number of heads.
     """
-    state = file.get("ema", file)
-    for ours, official in OFFICIAL_NAMES:
+    state = file.get("ema") or file
+    for ours, official in [*OFFICIAL_NAMES, ("", "module."), ("", "_orig_mod.")]:
         state = {key.replace(official, ours): tensor for key, tensor in state.items()}
     if "decoder_embed.weight" not in state:
         raise UsageError(f"{name}: not an RAE decoder, it has no decoder_embed.weight")
@@ -377,7 +384,7 @@ def load_decoder(file, name="decoder"):
         patch_size=math.isqrt(state["decoder_pred.bias"].shape[0] // 3),
         width=width,
         depth=sum(key.endswith("fc1.bias") for key in state),
-        num_heads=file.get("num_heads") or known_heads[width],
+        num_heads=int(file.get("num_heads") or known_heads[width]),
         mlp_dim=state["decoder_layers.0.fc1.bias"].shape[0],
     )
     decoder.load_state_dict(state)
@@ -422,13 +429,17 @@ IMAGE_SUFFIXES = {s for s, f in Image.registered_extensions().items() if f in IM
 def open_image(path):
     """Read an image file as RGB: upright, on white where transparent, 16 bits scaled to 8."""
     try:
+        if not os.path.isfile(path):
+            raise ValueError("not a regular file")  # opening a named pipe would wait forever
         image = Image.open(path, formats=IMAGE_FORMATS)
-        image.load()
         if image.mode in ("I", "F") and image.format not in ("PNG", "PPM"):
             raise ValueError("pixels of 32 bits")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit gray, which older Pillow opens in mode I
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            pixels = np.asarray(image)
+            if pixels.max() < 4096:
+                warnings.warn("16-bit gray images without values over 4,095 will look dark")
+            image = Image.fromarray((pixels / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -506,43 +517,6 @@ def read_batches(data, batches, workers, device):
         yield images.to(device).float() / 255
 
 
-class StepBatches(Dataset):
-    """Item `step` is this rank's share of that step's global batch: images (b, 3, H, W) uint8 and
-    labels (b,). rows: its positions in the global batch. micro_batches: slices of the share.
-    """
-
-    def __init__(self, data, args, flip, rank, world_size):
-        if args.global_batch_size % world_size != 0:
-            raise UsageError(f"--global-batch-size must be a multiple of {world_size} processes")
-        local_batch_size = args.global_batch_size // world_size
-        self.rows = range(rank * local_batch_size, (rank + 1) * local_batch_size)
-        size = args.micro_batch_size or local_batch_size
-        self.micro_batches = [slice(i, i + size) for i in range(0, local_batch_size, size)]
-        self.data = data
-        self.args = args
-        self.flip = flip
-
-    def __getitem__(self, step):
-        seed = self.args.seed
-        images = []
-        labels = []
-        for row in self.rows:
-            seen = step * self.args.global_batch_size + row  # images before this one
-            epoch, position = divmod(seen, len(self.data))
-            i = epoch_order(seed, epoch, len(self.data))[position]
-            generator = seeded_generator("crop", seed, step, row)
-            flip = self.flip and torch.rand((), generator=generator) < 0.5
-            images.append(self.data.load(i, generator, flip))
-            labels.append(self.data.labels[i])
-        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
-
-
-@lru_cache(maxsize=2)  # a batch may span two epochs
-def epoch_order(seed, epoch, num_images):
-    """The order (num_images,) in which an epoch visits the images."""
-    return torch.randperm(num_images, generator=seeded_generator("epoch", seed, epoch)).numpy()
-
-
 # ---------------------------------------------------------------------------------------------
 # Plumbing: random numbers, processes, the log, pictures, flags
 #
@@ -568,12 +542,11 @@ def setup_distributed(args):
 
     Returns rank, world_size, device and the autocast context of the trained networks.
     """
-    world_size = int(os.environ.get("WORLD_SIZE") or 1)
     device = torch.device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         torch.cuda.set_device(device)
-    if world_size > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         # Import timm first; otherwise it keeps the group alive, and gloo crashes at exit.
         import timm  # noqa: F401
 
@@ -590,29 +563,37 @@ def setup_distributed(args):
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN in bf16 with torch 2.13
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    print0(f"{device.type} x {world_size}, {precision}")
-    return get_rank(), world_size, device, autocast
+    print0(f"{device.type} x {get_world_size()}, {precision}")
+    return get_rank(), get_world_size(), device, autocast
 
 
 def get_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def get_world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def print0(text):
-    """Print on rank 0 only."""
+    """Print on rank 0 only. Output that nobody reads (as after `| head`) must not end a run."""
     if get_rank() == 0:
-        print(text, flush=True)
+        try:
+            # Bytes of a path that are not UTF-8 are printed as question marks.
+            print(str(text).encode(errors="replace").decode(), flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def progress(batches, description):
-    """A progress bar on rank 0, if there is a terminal (which tqdm checks for disable=None)."""
-    return tqdm(batches, description, disable=get_rank() > 0 or None)
+    """A progress bar on rank 0, if there is a terminal."""
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(batches, description, disable=get_rank() > 0 or not is_terminal)
 
 
 def rank_batches(n, batch_size):
     """This rank's batches of range(n). Their union does not depend on the world size."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    starts = range(get_rank() * batch_size, n, world_size * batch_size)
+    starts = range(get_rank() * batch_size, n, get_world_size() * batch_size)
     return [range(start, min(start + batch_size, n)) for start in starts]
 
 
@@ -626,21 +607,36 @@ def update_ema(ema, model, decay, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
+def load_optimizer(optimizer, saved):
+    """Load AdamW's moments from a checkpoint; its other settings, such as betas, stay."""
+    parameters = optimizer.param_groups[0]["params"]
+    for i, moments in saved["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            # Wrong shapes fail here. The fused kernel would write out of bounds.
+            moments[name] = torch.empty_like(parameters[i]).copy_(moments[name])
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+
+
 def check_same_run(out, saved, settings):
     """Raise UsageError unless the run in `out` used these settings."""
     for name in sorted(saved.keys() | settings.keys()):
         there, here = saved.get(name), settings.get(name)
         if there != here:
-            raise UsageError(f"{out} has a run with {name} {there}, not {here}; change --out")
+            message = f"{out} has a run with {name} {there}, not {here}; change --out"
+            raise UsageError(f"{message} (in training, --init keeps its weights)")
 
 
 def open_log(out, step):
     """Open out/log.jsonl to append, after dropping lines beyond the checkpoint's step."""
-    log = open(Path(out, "log.jsonl"), "a+")
+    path = Path(out, "log.jsonl")
+    if step == 0 and path.exists():  # of a run killed before its first save, or not ours
+        os.replace(path, f"{path}.old")
+    log = open(path, "a+b")
     log.seek(0)
     end = 0
     for line in log:
-        if not line.endswith("}\n") or json.loads(line)["step"] > step:
+        later = re.match(rb'{"step": (\d+)', line)
+        if not line.endswith(b"\n") or later and int(later[1]) > step:
             break  # a later step, or a line that a kill cut short
         end += len(line)
     log.truncate(end)
@@ -648,21 +644,16 @@ def open_log(out, step):
 
 
 def write_log(log, numbers):
-    """Append a dict of numbers as a JSON line, and print the scalars."""
-    log.write(json.dumps(numbers) + "\n")
+    """Append a dict of numbers as a JSON line, and print the scalars. "step" comes first."""
+    log.write(json.dumps(numbers).encode() + b"\n")
     log.flush()
+    scalars = []
     for name, value in numbers.items():
         if isinstance(value, int):
-            print(name, value, end="  ")
+            scalars.append(f"{name} {value}")
         elif isinstance(value, float):
-            print(f"{name} {value:.4g}", end="  ")
-    print(flush=True)
-
-
-def psnr(a, b):
-    """Peak signal-to-noise ratio in dB (B,) of images (B, 3, H, W) in [0, 1]."""
-    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))  # (B,)
-    return -10 * error.clamp(min=1e-10).log10()  # 100 dB for equal images
+            scalars.append(f"{name} {value:.4g}")
+    print0("  ".join(scalars))
 
 
 def bounded(low, high=sys.float_info.max, kind=float):
@@ -711,10 +702,15 @@ def run_script(main):
         if dist.is_initialized():
             dist.barrier()  # a rank that exits early can crash the others
             dist.destroy_process_group()
-    except UsageError as error:
+    except (UsageError, PermissionError, FileExistsError, NotADirectoryError) as error:
         # A DataLoader worker sends its whole traceback as the message.
         message = str(error).split("UsageError: ")[-1]
         sys.exit(f"error: {' '.join(message.split())}")
+    except RuntimeError as error:
+        # From torch.compile on CPUs and from Triton on GPUs, on a page of traceback.
+        if not re.search("InvalidCxxCompiler|Failed to find C compiler", str(error)):
+            raise
+        sys.exit("error: torch.compile needs a C++ compiler; install one, or pass --no-compile")
     except KeyboardInterrupt:
         print0("stopped; training and sampling resume with the same command")
         sys.exit(130)

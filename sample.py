@@ -29,9 +29,11 @@ from dit_dh import load_dit, sample, shift_alpha, time_grid
 from rae import (
     UsageError,
     bounded,
+    check_same_run,
     find_file,
     load,
     load_rae,
+    make_folder,
     parse_args,
     positive_int,
     print0,
@@ -77,7 +79,7 @@ def get_args():
     p.add_argument("--alpha", type=bounded(1e-3), help="schedule shift (default: as in training)")
     p.add_argument("--cfg-scale", type=bounded(0), help="classifier-free guidance (1: off)")
     p.add_argument("--guidance-model", help="AutoGuidance: checkpoint of the weaker model")
-    p.add_argument("--guidance-scale", type=bounded(0), default=1.42, help="512 px: 1.5")
+    p.add_argument("--guidance-scale", type=bounded(0), help="AutoGuidance scale (paper: 1.42)")
     p.add_argument(
         "--interval",
         type=bounded(0, 1),
@@ -87,7 +89,12 @@ def get_args():
         help="guide only at shifted timesteps LOW <= t <= HIGH",
     )
     p.add_argument("--batch-size", type=positive_int, help="images per forward and rank")
-    return parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
+    args = parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
+    if args.out.endswith((".png", ".npz")):
+        raise UsageError(f"--out {args.out}: pass the name without {args.out[-4:]}")
+    if (args.guidance_model is None) != (args.guidance_scale is None):
+        raise UsageError("pass --guidance-model and --guidance-scale together")
+    return args
 
 
 def balanced_labels(classes, num):
@@ -100,20 +107,27 @@ def balanced_labels(classes, num):
 def load_model(name):
     """Load a checkpoint, official file or released:NAME -> (EMA model, the whole file)."""
     file = load(find_file(name))
-    state = file.get("ema", file)
-    if "final_layer.linear.weight" not in state:
-        raise UsageError(f"{name}: not a diffusion model")
-    return load_dit(file), file
+    try:
+        return load_dit(file), file
+    except (KeyError, AttributeError) as error:
+        raise UsageError(f"{name}: not a diffusion model, it has no {error}") from error
 
 
-def check_latents(name, model, file, rae):
-    """UsageError unless the model was trained in the latent space of this RAE."""
-    settings = file.get("settings", {})
+def check_model(name, model, file, rae, labels):
+    """UsageError unless the model was trained on the latents of this RAE and on these labels."""
+    settings = file.get("settings", {})  # official files have none; they know every label
     same_shape = rae.latent_mean.shape == (model.grid_size**2, model.latent_dim)
     if not same_shape or settings.get("latents", rae.latent_hash()) != rae.latent_hash():
         raise UsageError(
             f"{name} was trained on other latents; pass the --decoder it was trained on"
         )
+    null = model.num_classes
+    label_drop = settings.get("label_drop", 0.1)
+    for label in labels:
+        if label == null and label_drop == 0:
+            raise UsageError(f"{name} was trained without the null label; pass --cfg-scale 1")
+        if label != null and (label_drop == 1 or not 0 <= label < null):
+            raise UsageError(f"--classes {label}: {name} was not trained on this class")
 
 
 @torch.no_grad()
@@ -150,6 +164,12 @@ def to_uint8(images):
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB (B,) of images (B, 3, H, W) in [0, 1]."""
+    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))  # (B,)
+    return -10 * error.clamp(min=1e-10).log10()  # 100 dB for equal images
+
+
 def save_grid(images, path, columns):
     """Draw images (B, 3, H, W) in [0, 1] as one PNG, row by row; small images are enlarged."""
     zoom = max(1, 64 // images.shape[2])
@@ -172,22 +192,19 @@ def save_png(image, path):
 def claim_folder(folder, settings):
     """Create the folder and record its settings; UsageError if it has recorded others."""
     path = folder / "settings.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        if any(folder.iterdir()):
-            raise UsageError(f"{folder} is not empty; delete it or change --out")
-        path.write_text(json.dumps(settings))
-    saved = json.loads(path.read_text())
-    for name in settings:
-        if saved.get(name) != settings[name]:
-            raise UsageError(f"{folder} was sampled with another {name}; delete it or change --out")
+    make_folder(folder)
+    if any(folder.iterdir()) and not path.exists():
+        raise UsageError(f"{folder} is not empty; delete it or change --out")
+    try:
+        with open(path, "x") as f:  # only one process can create it
+            json.dump(settings, f)
+    except FileExistsError:
+        check_same_run(folder, json.loads(path.read_text() or "{}"), settings)
 
 
 def main():
     args = get_args()
     folder = Path(args.out)
-    if folder.suffix in (".png", ".npz"):
-        raise UsageError(f"--out {args.out}: pass the name without {folder.suffix}")
     rank, world_size, device, autocast = setup_distributed(args)
 
     # Model and RAE. Our checkpoints record which RAE they were trained on.
@@ -199,41 +216,36 @@ def main():
         if getattr(args, name) is not None:
             rae_files[name] = getattr(args, name)
     rae = load_rae(**rae_files, device=device)
-    check_latents(args.ckpt, model, file, rae)
     model.to(device)
 
-    # Labels
+    # Labels: by default all classes, or the null label if the model knows nothing else
     null = model.num_classes
-    unconditional = trained.get("label_drop") == 1
-    classes = args.classes or list(range(model.num_classes))
-    if args.classes == "null" or (args.classes is None and unconditional):
+    classes = args.classes or list(range(null))
+    if args.classes == "null" or (args.classes is None and trained.get("label_drop") == 1):
         classes = [null]
-    elif unconditional or not all(0 <= label < null for label in classes):
-        raise UsageError(f"--classes {args.classes}: {args.ckpt} was not trained on these")
     labels = balanced_labels(classes, args.num)
 
     # Guidance
+    needed = set(classes)
     guidance = {"interval": args.interval}
     if args.guidance_model:
         guidance_model, guidance_file = load_model(args.guidance_model)
-        check_latents(args.guidance_model, guidance_model, guidance_file, rae)
+        check_model(args.guidance_model, guidance_model, guidance_file, rae, needed)
         guidance["guidance_model"] = guidance_model.to(device)
         guidance["guidance_scale"] = args.guidance_scale
-    elif classes != [null]:
+    elif args.cfg_scale != 1 and classes != [null]:
         guidance["cfg_scale"] = args.cfg_scale
-    needs_null = classes == [null] or guidance.get("cfg_scale", 1) != 1
-    if needs_null and trained.get("label_drop") == 0:
-        raise UsageError(f"{args.ckpt} was trained without the null label; pass --cfg-scale 1")
+        needed.add(null)
+    check_model(args.ckpt, model, file, rae, needed)
 
     # Timesteps, shifted as in training
     alpha = args.alpha or trained.get("alpha") or shift_alpha(*rae.latent_mean.shape)
     timesteps = time_grid(args.steps, alpha, args.t_last)
     print0(f"{args.num} images in {args.steps} steps, alpha {alpha:.3f}")
 
-    # A folder belongs to one set of flags, so that settings don't mix. An overwritten checkpoint
-    # counts as a changed setting.
+    # One folder, one set of flags. An overwritten checkpoint counts as a changed flag.
     if rank == 0:
-        models = [args.ckpt, args.guidance_model or args.ckpt]
+        models = [args.ckpt, args.guidance_model or args.ckpt, rae_files["decoder"]]
         settings = vars(args) | {"model_times": [os.path.getmtime(find_file(m)) for m in models]}
         for name in ("out", "preset", "device", "batch_size"):
             del settings[name]
@@ -269,12 +281,13 @@ def main():
         images = np.empty((args.num, rae.image_size, rae.image_size, 3), np.uint8)
         for i in range(args.num):
             images[i] = Image.open(folder / f"{i:06d}.png")
-        with open(f"{folder}.npz.tmp", "wb") as f:
+        temporary = f"{folder}.{os.getpid()}.tmp"
+        with open(temporary, "wb") as f:
             np.savez(f, arr_0=images)
-        os.replace(f"{folder}.npz.tmp", f"{folder}.npz")
+        os.replace(temporary, f"{folder}.npz")
         grid = torch.from_numpy(images[:100]).permute(0, 3, 1, 2) / 255  # (100, 3, H, W)
         save_grid(grid, f"{folder}.png", columns=min(10, args.num))
-        print(f"wrote {folder}.npz and {folder}.png")
+        print0(f"wrote {folder}.npz and {folder}.png")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ from torch.utils.data import DataLoader
 import rae
 from fid import download_weights, frechet_distance, mean_and_covariance
 from rae import UsageError, bounded, non_negative_int, positive_int
-from sample import save_grid, to_uint8
+from sample import psnr, save_grid, to_uint8
+from train_diffusion import StepBatches
 
 # Four minutes on two CPU cores.
 TOY = {
@@ -433,7 +434,7 @@ def evaluate(encoder, decoder, data, args, batch_size, lpips=None):
             fake = to_uint8(fake) / 255  # rounded, as in a file
             pictures.append(fake)
             features[suffix].append(encoder(fake).mean(1))
-            numbers[f"psnr{suffix}"] += rae.psnr(fake, images).sum().item() / num
+            numbers[f"psnr{suffix}"] += psnr(fake, images).sum().item() / num
             if lpips is not None:
                 numbers[f"lpips{suffix}"] += lpips(fake, images).sum().item() / num
 
@@ -450,6 +451,8 @@ def evaluate(encoder, decoder, data, args, batch_size, lpips=None):
 def main():
     args = get_args()
     rank, world_size, device, autocast = rae.setup_distributed(args)
+    out = Path(args.out)
+    rae.make_folder(out)
 
     # Data and frozen encoder. Only training sees random crops. No flips, as in the official code.
     crop = rae.center_crop
@@ -463,7 +466,7 @@ def main():
         rae.print0("evaluating on training images; pass --val-data for others")
     if min(args.eval_num, len(val_data)) < 2:
         raise UsageError("--eval-num, --val-data: evaluation needs two images")
-    batches = rae.StepBatches(data, args, flip=False, rank=rank, world_size=world_size)
+    batches = StepBatches(data, args, flip=False, rank=rank, world_size=world_size)
     rows = batches.rows  # this rank's rows of the global batch
     micro_batches = batches.micro_batches
     eval_batch_size = min(args.micro_batch_size or 64, 64)
@@ -507,7 +510,6 @@ def main():
     d_optimizer = torch.optim.AdamW(discriminator.parameters(), **adamw)
 
     # Latent statistics of center crops. Stage 1 saves them for stage 2 but does not use them.
-    out = Path(args.out)
     checkpoint = None
     if (out / "checkpoint.pt").exists():
         checkpoint = rae.load(out / "checkpoint.pt")
@@ -524,12 +526,12 @@ def main():
     settings |= {"images": data.fingerprint, "latents": latent_hash}
     first_step = 0
     if checkpoint is not None:
-        rae.check_same_run(out, checkpoint["settings"], settings)
+        rae.check_same_run(out, checkpoint.get("settings", {}), settings)
         decoder.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        rae.load_optimizer(optimizer, checkpoint["optimizer"])
         discriminator.load_state_dict(checkpoint["discriminator"])
-        d_optimizer.load_state_dict(checkpoint["d_optimizer"])
+        rae.load_optimizer(d_optimizer, checkpoint["d_optimizer"])
         first_step = checkpoint["step"]
         rae.print0(f"resuming {out} at step {first_step}")
         del checkpoint
@@ -548,7 +550,6 @@ def main():
         "latent_hash": latent_hash,
     }
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         log = rae.open_log(out, first_step)
 
     loader = DataLoader(

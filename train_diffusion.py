@@ -12,6 +12,7 @@ import argparse
 import copy
 import math
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +20,24 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from dit_dh import SIZES, DiTDH, draw_time, flow_loss, shift_alpha, shift_time, time_grid
 from rae import (
-    StepBatches,
     UsageError,
     atomic_save,
     bounded,
     check_same_run,
     load,
+    load_optimizer,
     load_rae,
+    make_folder,
     non_negative_int,
     open_data,
     open_log,
     parse_args,
     positive_int,
     print0,
-    psnr,
     read_batches,
     run_script,
     seeded_generator,
@@ -45,7 +46,7 @@ from rae import (
     update_ema,
     write_log,
 )
-from sample import balanced_labels, generate, load_model, save_grid
+from sample import balanced_labels, generate, load_model, psnr, save_grid
 
 # Two minutes on two CPU cores. alpha = 4 is about the best value between 1 and 5.66; the paper's
 # formula gives 1 for latents this small.
@@ -91,27 +92,10 @@ PRESETS = {
     "imagenet512": IMAGENET
     | {"decoder": "released:dinov2-b-512", "micro_batch_size": 16, "steps": 500400},
 }
-# Flags that may change on resume. Paths may, because contents of images and latents are hashed.
-MAY_CHANGE = {
-    "preset",
-    "out",
-    "device",
-    "workers",
-    "micro_batch_size",
-    "compile",
-    "checkpoint_activations",
-    "cfg_scale",
-    "log_every",
-    "sample_every",
-    "save_every",
-    "keep_every",
-    "stop_at",
-    "data",
-    "decoder",
-    "encoder",
-    "encoder_weights",
-    "stats",
-}
+# Flags that may change on resume. Paths may, because images and latents are compared by hashes.
+MAY_CHANGE = """preset out device workers micro_batch_size compile checkpoint_activations cfg_scale
+log_every sample_every save_every keep_every stop_at data decoder encoder encoder_weights stats
+""".split()
 
 
 def backbone_size(text):
@@ -167,10 +151,47 @@ def get_args():
     p.add_argument("--out", default="out/diffusion", help="folder of the run")
     p.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
     p.add_argument("--sample-every", type=positive_int, help="steps between sample grids")
-    p.add_argument("--cfg-scale", type=bounded(0), help="guidance of the sample grids, 1: none")
+    p.add_argument("--cfg-scale", type=bounded(0), help="guidance of the sample grids, 1: off")
     p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
     p.add_argument("--keep-every", type=positive_int, help="steps between kept EMA weights")
     return parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
+
+
+class StepBatches(Dataset):
+    """Item `step` is this rank's share of that step's global batch: images (b, 3, H, W) uint8 and
+    labels (b,). rows: its positions in the global batch. micro_batches: slices of the share.
+    """
+
+    def __init__(self, data, args, flip, rank, world_size):
+        if args.global_batch_size % world_size != 0:
+            raise UsageError(f"--global-batch-size must be a multiple of {world_size} processes")
+        local_batch_size = args.global_batch_size // world_size
+        self.rows = range(rank * local_batch_size, (rank + 1) * local_batch_size)
+        size = args.micro_batch_size or local_batch_size
+        self.micro_batches = [slice(i, i + size) for i in range(0, local_batch_size, size)]
+        self.data = data
+        self.args = args
+        self.flip = flip
+
+    def __getitem__(self, step):
+        seed = self.args.seed
+        images = []
+        labels = []
+        for row in self.rows:
+            seen = step * self.args.global_batch_size + row  # images before this one
+            epoch, position = divmod(seen, len(self.data))
+            i = epoch_order(seed, epoch, len(self.data))[position]
+            generator = seeded_generator("crop", seed, step, row)
+            flip = self.flip and torch.rand((), generator=generator) < 0.5
+            images.append(self.data.load(i, generator, flip))
+            labels.append(self.data.labels[i])
+        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
+
+
+@lru_cache(maxsize=2)  # a batch may span two epochs
+def epoch_order(seed, epoch, num_images):
+    """The order (num_images,) in which an epoch visits the images."""
+    return torch.randperm(num_images, generator=seeded_generator("epoch", seed, epoch)).numpy()
 
 
 def learning_rate(step, args):
@@ -182,6 +203,8 @@ def learning_rate(step, args):
 def main():
     args = get_args()
     rank, world_size, device, autocast = setup_distributed(args)
+    out = Path(args.out)
+    make_folder(out)
 
     # Frozen RAE and data
     rae_files = {
@@ -217,16 +240,15 @@ def main():
     )
 
     # Resume, or start from other weights
-    out = Path(args.out)
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings |= {"alpha": alpha, "images": data.fingerprint, "latents": rae.latent_hash()}
     first_step = 0
     if (out / "checkpoint.pt").exists():
         checkpoint = load(out / "checkpoint.pt")
-        check_same_run(out, checkpoint["settings"], settings)
+        check_same_run(out, checkpoint.get("settings", {}), settings)
         model.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer(optimizer, checkpoint["optimizer"])
         first_step = checkpoint["step"]
         print0(f"resuming {out} at step {first_step}")
         del checkpoint
@@ -242,20 +264,20 @@ def main():
     num_parameters = sum(p.numel() for p in model.parameters())
     print0(f"{len(data)} images, {num_parameters:,} parameters, alpha {alpha:.3f}")
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         log = open_log(out, first_step)
         # Samples can't look better than reconstructions, so check these first.
         some = np.linspace(0, len(data) - 1, 16).astype(int)
         (images,) = read_batches(data, [some], 0, device)  # (16, 3, H, W) in [0, 1]
         reconstructions = rae.decode(rae.encode(images)).clamp(0, 1)  # (16, 3, H, W)
         save_grid(torch.cat([images, reconstructions]), out / "reconstructions.png", columns=16)
-        print(f"reconstructions.png: PSNR {psnr(reconstructions, images).mean():.1f} dB")
+        print0(f"reconstructions.png: PSNR {psnr(reconstructions, images).mean():.1f} dB")
 
     # Sample grids: up to ten classes with eight images each.
     classes = balanced_labels(range(model.num_classes), min(model.num_classes, 10))
     if args.label_drop == 1:
         classes = [model.num_classes]  # unconditional model: trained on the null label only
     grid_labels = balanced_labels(classes, 8 * len(classes))
+    cfg_scale = args.cfg_scale if args.label_drop > 0 else 1.0  # without a null label, unguided
 
     last_step = min(args.stop_at or args.steps, args.steps)
     loader = DataLoader(
@@ -345,7 +367,7 @@ def main():
         if rank == 0 and (done % args.sample_every == 0 or final):
             timesteps = time_grid(25, alpha)
             grid = generate(
-                rae, ema, grid_labels, timesteps, args.seed, autocast, cfg_scale=args.cfg_scale
+                rae, ema, grid_labels, timesteps, args.seed, autocast, cfg_scale=cfg_scale
             )
             save_grid(grid, out / f"samples_{done:07d}.png", columns=len(classes))
 

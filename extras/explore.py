@@ -28,6 +28,7 @@ from rae import (  # noqa: E402
     bounded,
     center_crop,
     load_rae,
+    make_folder,
     non_negative_int,
     open_data,
     open_image,
@@ -39,7 +40,7 @@ from rae import (  # noqa: E402
 )
 from sample import (  # noqa: E402
     balanced_labels,
-    check_latents,
+    check_model,
     class_list,
     generate,
     load_model,
@@ -123,6 +124,7 @@ def find_neighbors(encoder, images, data, batch_size=256):
 def main():
     args = get_args()
     device = torch.device(available_devices()[0])
+    make_folder(Path(args.out).parent)
 
     # Model, and the RAE that it was trained on
     model, file = load_model(args.ckpt)
@@ -134,7 +136,6 @@ def main():
     if not rae_files:
         raise UsageError(f"{args.ckpt}: does not name its decoder; pass --decoder")
     rae = load_rae(**rae_files, device=device)
-    check_latents(args.ckpt, model, file, rae)
     alpha = settings.get("alpha") or shift_alpha(*rae.latent_mean.shape)
 
     # Classes. An image between two others has no class of its own.
@@ -143,8 +144,10 @@ def main():
     unlabeled = args.interpolate or settings.get("label_drop") == 1
     if args.classes == "null" or (args.classes is None and unlabeled):
         classes = [null]
-    elif not all(0 <= label < null for label in classes):
-        raise UsageError(f"--classes {classes}: must be between 0 and {null - 1}")
+    needed = set(classes)
+    if args.cfg_scale != 1:
+        needed.add(null)
+    check_model(args.ckpt, model, file, rae, needed)
 
     if args.like:
         z = rae.encode(load_images([args.like], rae.image_size, device))  # (1, N, C)
@@ -183,7 +186,6 @@ def main():
         cosine = cosines[:, 0].mean()
         print(f"samples and the nearest of {len(data)} images (cosine {cosine:.3f})")
 
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     save_grid(pictures, args.out, columns)
     print(f"wrote {args.out}")
 

@@ -21,17 +21,18 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rae import (  # noqa: E402
-    StepBatches,
     UsageError,
     atomic_save,
     available_devices,
     bounded,
+    make_folder,
     non_negative_int,
     open_data,
     positive_int,
     run_script,
     seeded_generator,
 )
+from train_diffusion import StepBatches  # noqa: E402
 
 
 class MaskedAutoencoder(nn.Module):
@@ -121,7 +122,7 @@ def main():
     out = Path(args.out)
     if out.exists():  # a decoder may have been trained for it
         raise UsageError(f"{out} already exists; delete it or change --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
 
     # Model. load_encoder rebuilds the ViT from the config in the file.
     from timm.models.vision_transformer import VisionTransformer

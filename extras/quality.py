@@ -18,8 +18,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dit_dh import time_grid  # noqa: E402
-from rae import UsageError, load_rae, psnr, run_script  # noqa: E402
-from sample import balanced_labels, generate, load_model  # noqa: E402
+from rae import UsageError, load_rae, run_script  # noqa: E402
+from sample import balanced_labels, generate, load_model, psnr  # noqa: E402
 from toy.world import ToyShapes  # noqa: E402
 
 MINIMUM = {

@@ -25,18 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rae import (  # noqa: E402
     bounded,
     load_rae,
+    make_folder,
     non_negative_int,
     open_data,
     parse_args,
     positive_int,
-    psnr,
     rank_batches,
     read_batches,
     run_script,
     seeded_noise,
     setup_distributed,
 )
-from sample import to_uint8  # noqa: E402
+from sample import psnr, to_uint8  # noqa: E402
 from train_decoder import load_lpips  # noqa: E402
 
 TOY = {"data": "toy", "decoder": "toy", "batch_size": 250, "workers": 0}
@@ -97,7 +97,7 @@ def main():
     if args.lpips:
         metrics["LPIPS"] = load_lpips(args, device)
     folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
 
     # Every rank fills its rows; the others stay zero. Batches are the same for any number of ranks.
     scores = torch.zeros(len(data), len(metrics), device=device)

@@ -248,11 +248,19 @@ def test_back_without_diffusers(run):
     tokens = torch.randn(2, 256, 768)
     assert torch.equal(rae.load_decoder(content)(tokens), decoder(tokens))
 
+    tensors = {name: w.bfloat16() for name, w in tensors.items()}
+    write(config | {"encoder_type": "mae"})
+    refused(run, "--back vae a.pt", "its encoder_mean is not that of mae-b")
+    write(config)
+    run(SCRIPT, "--back vae bf16.pt", tiny=False)
+    rounded = rae.load("bf16.pt")
+    assert gap(rounded["mean"], content["mean"]) < 0.01
+    assert rounded["mean"].dtype == rounded["var"].dtype == torch.float32
+    rae.load_decoder(rounded)
+
     refused(run, "--back vae new/decoder.pt", "new/decoder.pt already exists")
     refused(run, "--back new a.pt", "new/config.json: no such file")
     write(config | {"encoder_type": "clip"})
     refused(run, "--back vae a.pt", "vae: not an AutoencoderRAE with an encoder of rae.ENCODERS")
     write({"_class_name": "AutoencoderKL"})
     refused(run, "--back vae a.pt", "vae: not an AutoencoderRAE with an encoder of rae.ENCODERS")
-    write(config | {"encoder_type": "mae"})
-    refused(run, "--back vae a.pt", "its encoder_mean is not that of mae-b")

@@ -5,6 +5,8 @@ import copy
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -16,9 +18,10 @@ from PIL import Image
 
 import rae as R
 from rae import UsageError
-from sample import save_grid, to_uint8
+from sample import psnr, save_grid, to_uint8
 from toy import world
 from train_decoder import latent_statistics
+from train_diffusion import StepBatches
 
 
 def save_images(folder, n, size=(40, 36), mode="RGB", suffix=".png", seed=0):
@@ -200,6 +203,20 @@ def test_damaged_images_are_not_half_black(tmp_path):
             R.open_image(path)
 
 
+def test_a_dark_16_bit_image_is_warned_about(tmp_path):
+    """Scanners write 12 bits into 16-bit files."""
+    path = tmp_path / "a.png"
+    Image.fromarray(np.linspace(0, 4095, 64).astype(np.uint16).reshape(8, 8)).save(path)
+    with pytest.warns(UserWarning, match="4,095"):
+        R.open_image(path)
+
+
+def test_a_named_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(UsageError, match="a.png' cannot be read as an image"):
+        R.open_image(tmp_path / "a.png")
+
+
 def test_a_folder_is_known_by_its_names(tmp_path):
     save_images(tmp_path / "photos" / "cats", 2)
     save_images(tmp_path / "photos" / "dogs", 2)
@@ -294,7 +311,7 @@ def test_latents_are_normalized_and_decode(toy):
     assert z.mean().abs() < 0.02
     assert 0.95 < z.std() < 1.05
     assert again.shape == (500, 3, toy.image_size, toy.image_size)
-    assert R.psnr(again.clamp(0, 1), images).mean() > 24
+    assert psnr(again.clamp(0, 1), images).mean() > 24
     assert not any("vit" in name for name in toy.decoder.state_dict())
 
 
@@ -627,7 +644,7 @@ def test_a_released_rae_is_put_together(vit, tmp_path, monkeypatch):
 
 def step_batches(data, n=6, seed=0, flip=True, rank=0, world_size=1, micro=None):
     args = SimpleNamespace(global_batch_size=n, micro_batch_size=micro, seed=seed)
-    return R.StepBatches(data, args, flip, rank, world_size)
+    return StepBatches(data, args, flip, rank, world_size)
 
 
 def corner_crop(image, size, generator):
@@ -802,8 +819,67 @@ def test_a_resumed_log_drops_what_will_be_repeated(tmp_path):
         R.write_log(log, {"step": 5, "loss": 0.75})
     assert steps_of(tmp_path)[:5] == [1, 2, 3, 3, 4]
     assert json.loads(path.read_text().splitlines()[-1]) == {"step": 5, "loss": 0.75}
-    with R.open_log(tmp_path, 0):
-        assert path.read_text() == ""
+
+
+def test_a_log_without_a_checkpoint_is_kept(tmp_path):
+    """It may be another program's."""
+    (tmp_path / "log.jsonl").write_text('{"step": 7}\n')
+    with R.open_log(tmp_path, 0) as log:
+        R.write_log(log, {"step": 1})
+    assert (tmp_path / "log.jsonl.old").read_text() == '{"step": 7}\n'
+    assert steps_of(tmp_path) == [1]
+
+
+def test_log_lines_of_others_are_kept(tmp_path):
+    others = 'no JSON, caf\u00e9\n{"loss": 1}\n[2]\n\n'
+    path = tmp_path / "log.jsonl"
+    path.write_text(f'{others}{{"step": 1}}\n{others}{{"step": 2}}\n', encoding="utf-8")
+    with R.open_log(tmp_path, 1) as log:
+        R.write_log(log, {"step": 2, "loss": 0.5})
+    want = f'{others}{{"step": 1}}\n{others}{{"step": 2, "loss": 0.5}}\n'
+    assert path.read_text(encoding="utf-8") == want
+
+
+def adamw(**options):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **options)
+    return model, optimizer
+
+
+def adamw_step(model, optimizer):
+    optimizer.zero_grad()
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_the_optimizer_resumes_exactly():
+    """Its moments come from the file, its settings from the code."""
+    model, optimizer = adamw(lr=0.1, betas=(0.5, 0.9))
+    adamw_step(model, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    weights = copy.deepcopy(model.state_dict())
+    want = adamw_step(model, optimizer)
+
+    other, resumed = adamw(lr=0.1, betas=(0.5, 0.9))
+    other.load_state_dict(weights)
+    saved["param_groups"][0].update(lr=9.0, betas=(0.0, 0.0), weight_decay=5.0)
+    R.load_optimizer(resumed, saved)
+    got = adamw_step(other, resumed)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_damaged_moments_cannot_crash_the_fused_optimizer():
+    model, optimizer = adamw()
+    adamw_step(model, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg"] = torch.zeros(()).expand(2, 3)  # one number, stride 0
+    R.load_optimizer(optimizer, saved)
+    adamw_step(model, optimizer)
+    saved["state"][0]["exp_avg_sq"] = torch.zeros(7)
+    with pytest.raises(RuntimeError, match="7"):
+        R.load_optimizer(optimizer, saved)
 
 
 def test_a_run_with_other_settings_is_named():
@@ -841,7 +917,7 @@ def test_grid(tmp_path):
 def test_psnr():
     a = torch.zeros(3, 3, 4, 4)
     error = torch.tensor([0.1, 1.0, 0.0]).view(3, 1, 1, 1)
-    assert torch.allclose(R.psnr(a + error, a), torch.tensor([20.0, 0.0, 100.0]), atol=1e-4)
+    assert torch.allclose(psnr(a + error, a), torch.tensor([20.0, 0.0, 100.0]), atol=1e-4)
 
 
 def test_bounded():
@@ -885,6 +961,50 @@ def test_an_error_is_one_line(tmp_path):
     assert message.startswith(f"error: '{tmp_path}/none.png' cannot be read as an image: ")
     assert "Traceback" not in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("value", ["", "-2", "0", "1"])
+def test_an_odd_world_size_is_one_process(monkeypatch, capsys, value):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    monkeypatch.setenv("RANK", "3")
+    args = SimpleNamespace(precision="fp32", device="cpu")
+    assert R.setup_distributed(args)[:2] == (0, 1)
+    assert capsys.readouterr().out == "cpu x 1, fp32\n"
+
+
+def test_closed_output_does_not_end_a_run(tmp_path):
+    """After `| head -1` every print fails, and without stderr there is no progress bar."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import rae
+for i in rae.progress(range(20000), "steps"):
+    rae.print0(i)
+open("done", "w").close()
+"""
+    command = f'{sys.executable} -c "$CODE" 2>&- | head -n 1; exit ${{PIPESTATUS[0]}}'
+    env = os.environ | {"CODE": code}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "0\n")
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_found_early(tmp_path):
+    (tmp_path / "read_only").mkdir(mode=0o555)
+    with pytest.raises(UsageError, match="no permission"):
+        R.make_folder(tmp_path / "read_only")
+    with pytest.raises(SystemExit, match="Permission denied"):
+        R.run_script(lambda: R.make_folder(tmp_path / "read_only/run"))
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "run").write_text("x")
+    for path in ("run", "run/run"):
+        with pytest.raises(SystemExit, match="^error: .*run"):
+            R.run_script(lambda path=path: R.make_folder(tmp_path / path))
 
 
 def test_other_endings_of_a_script(capsys):

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchgen
+import yaml
 from conftest import DOCS, ROOT, TINY
 from PIL import Image
 from test_rae import save_images
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_dh
 import rae
@@ -423,6 +426,48 @@ def test_a_broken_image_is_named(run, photos):
         assert "\n" not in str(stop.value)
 
 
+def test_mps_has_every_operator(run):
+    """Torch's own table lists which operators have a kernel for Macs."""
+    used = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            used.add(function.name().removeprefix("aten::"))
+            return function(*args, **(kwargs or {}))
+
+    with Record():
+        run("train_decoder.py", "--starts 0 0 0 --resize 40 --upsample 2")
+        run("train_diffusion.py", "--decoder out/decoder/checkpoint.pt")
+        run("sample.py")
+        run("fid.py")
+    assert {"_fused_adamw_.tensor", "upsample_bicubic2d", "randn.generator"} & used
+
+    table = f"{os.path.dirname(torchgen.__file__)}/packaged/ATen/native/native_functions.yaml"
+    entries = {entry["func"].split("(")[0]: entry for entry in yaml.safe_load(open(table))}
+    missing = []
+    for name in used & entries.keys():
+        entry = entries[name]
+        entry = entries.get(entry.get("structured_delegate"), entry)
+        kernels = ",".join(entry.get("dispatch", {"Composite": 0}))
+        attention_on_cpus = "flash_attention_for_cpu" in name  # MPS has another kernel for it
+        if "MPS" not in kernels and "Composite" not in kernels and not attention_on_cpus:
+            missing.append(name)
+    assert not missing
+
+
+@pytest.mark.slow
+def test_compiling_without_a_compiler(run, tmp_path):
+    command = f"--compile --device cpu {TINY['train_diffusion.py']}"
+    done = subprocess.run(
+        [sys.executable, f"{ROOT}/train_diffusion.py", *command.split()],
+        env=os.environ | {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert re.fullmatch("error: .*--no-compile\n", done.stderr)
+
+
 # ---------------------------------------------------------------------------------------------
 # Sampling
 
@@ -486,16 +531,94 @@ def test_an_unconditional_model_takes_no_classes(run):
     run("sample.py", "--out a --cfg-scale 1")
     run("sample.py", "--out b --cfg-scale 3")
     assert pictures_of("a") == pictures_of("b"), "without labels there is no guidance"
-    with pytest.raises(SystemExit, match=r"--classes \[3\]"):
+    with pytest.raises(SystemExit, match="--classes 3"):
         run("sample.py", "--out c --classes 3")
 
 
-def test_guidance_needs_a_model_that_saw_the_null_label(run):
-    run("train_diffusion.py", "--label-drop 0")
+def test_guidance_needs_a_model_that_saw_the_label(run):
+    run("train_diffusion.py", "--label-drop 0 --out no_null")
+    run("train_diffusion.py", "--label-drop 0 --cfg-scale 1 --out no_null_unguided")
+    run("train_diffusion.py", "--label-drop 1 --out null_only")
+    assert pictures_of("no_null") == pictures_of("no_null_unguided")
+
     with pytest.raises(SystemExit, match="pass --cfg-scale 1"):
-        run("sample.py")
+        run("sample.py", "--ckpt no_null/checkpoint.pt")
+    with pytest.raises(SystemExit, match="null_only/checkpoint.pt was not trained on this class"):
+        run(
+            "sample.py",
+            "--ckpt no_null/checkpoint.pt --guidance-scale 2 "
+            "--guidance-model null_only/checkpoint.pt",
+        )
     assert not os.path.exists("out/samples")
-    run("sample.py", "--cfg-scale 1")
+    run("sample.py", "--ckpt no_null/checkpoint.pt --cfg-scale 1")
+
+
+def test_checkpoints_of_other_trainers(run):
+    """With a config of their own, or with the prefixes of DDP and torch.compile."""
+    run("train_diffusion.py")
+    run("sample.py", "--out want")
+    file = load(DIFFUSION)
+    model = dit_dh.load_dit(DIFFUSION)
+    inputs = (torch.randn(2, 16, 128), torch.rand(2), torch.tensor([1, 2]))
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        state = {prefix + name: w for name, w in file["ema"].items()}
+        for content in (state, {"ema": state, "config": {"model": "XL"}}):
+            torch.save(content, "theirs.pt")
+            assert torch.equal(dit_dh.load_dit("theirs.pt")(*inputs), model(*inputs))
+    run("sample.py", "--ckpt theirs.pt --decoder toy --alpha 4 --out got")
+    assert pictures_of("got") == pictures_of("want")
+
+    for content in ({"ema": None, "model": state}, {"state_dict": state}, {"ema": [1]}):
+        torch.save(content, "theirs.pt")
+        with pytest.raises(SystemExit, match="theirs.pt: not a diffusion model"):
+            run("sample.py", "--ckpt theirs.pt")
+    os.makedirs("run")
+    shutil.copy("theirs.pt", "run/checkpoint.pt")
+    with pytest.raises(SystemExit, match="^error: run .*--out"):
+        run("train_diffusion.py", "--out run")
+
+
+def test_two_copies_of_a_command_sample_the_same(run):
+    run("train_diffusion.py")
+    command = [sys.executable, f"{ROOT}/sample.py"]
+    command += "--num 40 --steps 2 --batch-size 2 --device cpu".split()
+    copies = [
+        subprocess.Popen([*command, "--out", "s"], stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in copies:
+        assert process.communicate()[1] == ""
+    run("sample.py", "--num 40 --steps 2 --batch-size 2 --out want", tiny=False)
+    assert pictures_of("s") == pictures_of("want")
+    assert len(np.load("s.npz")["arr_0"]) == 40
+
+
+def test_files_are_not_replaced_while_open(run, monkeypatch):
+    """Windows would refuse."""
+    replace = os.replace
+
+    def replace_as_on_windows(source, target):
+        if os.path.exists(target):
+            maps = open("/proc/self/maps").read()
+            assert str(os.path.realpath(target)) not in maps, f"{target} is mapped"
+        opened = {os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")}
+        assert not opened & {os.path.realpath(source), os.path.realpath(target)}
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_as_on_windows)
+    run("train_decoder.py", "--steps 2")
+    for stop_at in (2, 4):
+        run("train_diffusion.py", f"--decoder out/decoder/checkpoint.pt --stop-at {stop_at}")
+    for _ in range(2):
+        run("sample.py")
+    run("train_decoder.py")
+
+
+def test_a_folder_whose_name_is_not_utf_8(run):
+    out = os.fsdecode(b"run\xff")
+    for stop_at in ("2", "4"):
+        run("train_diffusion.py", ["--out", out, "--stop-at", stop_at])
+    run("sample.py", ["--ckpt", f"{out}/checkpoint.pt", "--out", f"{out}/samples"])
 
 
 def test_many_samples_need_few_open_files(run):
