@@ -5,13 +5,14 @@
     python fid.py imagenet/val --crop 256 --save val256.npz       # save statistics for later
     torchrun --standalone --nproc_per_node=8 fid.py samples val256.npz
 
-The first command needs no download: it prints a distance in the toy encoder's features, not FID.
+The first command needs no download: it prints a Frechet distance in the toy encoder's features,
+which is not FID.
 
 Samples and reference are each a folder of images or an .npz with images (arr_0, uint8,
 (N, H, W, 3)), statistics (mu and sigma; mu_s and sigma_s for sFID) or both, as in ADM's reference
 files. Papers on ImageNet report the numbers of ADM's TensorFlow suite (Dhariwal and Nichol 2021).
-This script reimplements that suite, but was not checked against it. Features and FID match the
-packages pytorch-fid (with --mode pytorch-fid) and torch-fidelity (with --mode adm).
+This script reimplements that suite but has not been checked against it. Its features and FID do
+match those of pytorch-fid (--mode pytorch-fid) and torch-fidelity (--mode adm).
 """
 
 import argparse
@@ -26,27 +27,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from rae import (
-    UsageError,
-    available_devices,
-    center_crop,
-    get_rank,
-    hash_tensors,
-    list_images,
-    load,
-    load_encoder,
-    make_folder,
-    open_image,
-    positive_int,
-    print0,
-    progress,
-    rank_batches,
-    run_script,
-    setup_distributed,
-)
+import rae
+from rae import UsageError, positive_int
 from toy.world import ToyShapes
 
-# What each metric is computed from. Only the statistics of fid and sfid can be saved to a file.
+# What each metric is computed from. --save writes only the statistics of fid and sfid.
 METRICS = {
     "fid": ("mu", "sigma"),
     "sfid": ("mu_s", "sigma_s"),
@@ -58,8 +43,8 @@ METRICS = {
 # The Inception network
 #
 # FID is defined by one network, TensorFlow's Inception of 2015 with its original weights. Layers
-# and names are those of torchvision's and timm's inception_v3, but the pools differ. With other
-# pools or weights, numbers can't be compared with published ones.
+# and names are the same as in timm's inception_v3, but the pooling differs. With other pooling or
+# weights, scores can't be compared with published ones.
 
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -68,20 +53,20 @@ INCEPTION_URL = (
 
 
 def average_pool(x):
-    """The mean of each 3 x 3 neighborhood, without the padding."""
+    """Mean over each 3 x 3 neighborhood, not counting the padding."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def max_pool(x):
-    """The maximum of each 3 x 3 neighborhood."""
+    """Maximum over each 3 x 3 neighborhood."""
     return F.max_pool2d(x, 3, stride=1, padding=1)
 
 
 class Inception(nn.Module):
     """Images (B, 3, 299, 299) in about [-1, 1] -> pool3 (B, 2048), spatial (B, 2023).
 
-    pool3 is the mean of the last layer, for FID. spatial is the first 7 channels of Mixed_6d at
-    17 x 17, for sFID (Nash et al. 2021).
+    pool3, for FID, is the spatial mean of the last block's output. spatial, for sFID (Nash et al.
+    2021), is the first 7 channels of Mixed_6d at 17 x 17.
     """
 
     def __init__(self, state_dict):
@@ -101,8 +86,8 @@ class Inception(nn.Module):
     def replace_pool(self, name, pool):
         """Feed pool(x) to the block's pooling branch.
 
-        timm pools by a function call inside the block, so there is no module to replace: hooks
-        keep the block's input x and replace the branch's input.
+        timm pools by a function call inside the block, so there is no module to replace. Hooks
+        keep the block's input x and replace the branch's input; timm's own pool is discarded.
         """
         block = self.net.get_submodule(name)
         kept = {}
@@ -110,7 +95,6 @@ class Inception(nn.Module):
         block.branch_pool.register_forward_pre_hook(lambda module, args: (pool(kept["x"]),))
 
     def keep_spatial(self, module, args, output):
-        """Forward hook of Mixed_6d."""
         self.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
 
     def forward(self, x):
@@ -140,7 +124,7 @@ def preprocess(images, mode):
     """Images (B, 3, H, W) with values 0 to 255 -> (B, 3, 299, 299) for Inception.
 
     Mode "adm" is TensorFlow's resize, then (x - 128) / 128; "pytorch-fid" is torch's resize, then
-    x / 127.5 - 1. Numbers of different modes can't be compared.
+    x / 127.5 - 1. Scores from different modes can't be compared.
     """
     if mode == "adm":
         x = resize_last(images.float(), 299)  # (B, 3, H, 299)
@@ -169,12 +153,12 @@ class InceptionFeatures:
 
     def __init__(self, weights, mode, device):
         if weights:
-            state_dict = load(weights)
+            state_dict = rae.load(weights)
         else:
             state_dict = download_weights(INCEPTION_URL, Path(INCEPTION_URL).name, "--weights")
         self.network = Inception(state_dict).to(device)
         self.mode = mode
-        self.label = f"{mode}, inception {hash_tensors(state_dict.values())}"
+        self.label = f"{mode}, inception {rae.hash_tensors(state_dict.values())}"
 
     def __call__(self, images):
         # One by one, since sizes may differ before the resize.
@@ -183,7 +167,7 @@ class InceptionFeatures:
 
 
 class EncoderFeatures:
-    """A list of images (3, H, W) uint8 -> the mean token (B, C) of an encoder of rae.py."""
+    """A list of images (3, H, W) uint8 -> the mean token (B, C) of one of rae.py's encoders."""
 
     def __init__(self, name, device):
         self.name = name
@@ -197,8 +181,9 @@ class EncoderFeatures:
             raise UsageError("encoder features need square images of one size; pass --crop")
         images = torch.stack(images).float() / 255  # (B, 3, H, W)
         if self.encoder is None:
-            self.encoder = load_encoder(self.name, images.shape[-1]).to(self.device)
-            digest = hash_tensors(self.encoder.vit.blocks.state_dict().values())
+            self.encoder = rae.load_encoder(self.name, images.shape[-1]).to(self.device)
+            # The position embedding depends on the image size, the blocks don't.
+            digest = rae.hash_tensors(self.encoder.vit.blocks.state_dict().values())
             self.label = f"encoder {self.name} {digest}"
         return (self.encoder(images).mean(dim=1),)
 
@@ -206,7 +191,7 @@ class EncoderFeatures:
 def read_npz(path):
     """The arrays of an .npz, as a dict."""
     if not os.path.isfile(path):
-        raise UsageError(f"{path}: no such file; run sample.py first, or name both sides")
+        raise UsageError(f"{path}: no such file; run sample.py first, or name another")
     try:
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
@@ -221,9 +206,9 @@ def open_images(source, arrays, num):
     elif source.endswith(".npz"):
         images = arrays.get("arr_0", np.zeros(0))
         if images.dtype != np.uint8 or images.shape[3:] != (3,):
-            raise UsageError(f"{source}: has no images (arr_0, uint8, (N, H, W, 3))")
+            raise UsageError(f"{source}: has no images (arr_0, uint8, of shape (N, H, W, 3))")
     else:
-        images = list_images(source)
+        images = rae.list_images(source)
     if len(images[:num]) < 2:
         raise UsageError(f"{source}: needs at least two images")
     return images[:num]
@@ -232,11 +217,11 @@ def open_images(source, arrays, num):
 def read_image(image, crop):
     """A path or an array (H, W, 3) -> (3, H, W) uint8; crop: the side of ADM's center crop."""
     if isinstance(image, str):
-        image = open_image(image)
+        image = rae.open_image(image)
     else:
         image = Image.fromarray(image)
     if crop:
-        image = center_crop(image, crop)
+        image = rae.center_crop(image, crop)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -249,7 +234,7 @@ def extract_features(images, features, crop, batch_size, device):
     """
     first = read_image(images[0], crop).to(device)  # to get the feature dimensions
     outputs = [torch.zeros(len(images), x.shape[1]) for x in features([first])]
-    for batch in progress(rank_batches(len(images), batch_size), "features"):
+    for batch in rae.progress(rae.rank_batches(len(images), batch_size), "features"):
         pixels = [read_image(images[i], crop).to(device) for i in batch]
         for output, x in zip(outputs, features(pixels)):
             output[batch.start : batch.stop] = x.cpu()
@@ -264,30 +249,32 @@ def extract_features(images, features, crop, batch_size, device):
 
 
 def saved_statistics(source, arrays, features):
-    """The statistics in an .npz, with the label of their features. Empty if it has none."""
+    """The statistics in an .npz and a label that names their features; {} if there are none."""
     if "mu" not in arrays and "mu_s" not in arrays:
         return {}
     saved = {name: arrays[name] for name in arrays if name != "arr_0"}
     if "label" not in saved:  # files of ADM and pytorch-fid
+        # We take them for Inception features, and never for those of one of our encoders.
         is_inception = isinstance(features, InceptionFeatures)
         saved["label"] = features.label if is_inception else "inception"
-        print0(f"{source} does not record its features; assuming {saved['label']}")
+        rae.print0(f"{source} does not record its features; assuming {saved['label']}")
     return saved | {"label": str(saved["label"])}
 
 
 def compute_statistics(images, metrics, features, args, device):
-    """What `metrics` need from images, named as in METRICS, the number n of images, the size of the
-    first one, and the label of the features. Incomplete on ranks other than 0.
+    """Return a dict with the entries of METRICS that the metrics need, and the number n of images,
+    the size of the first one and the label of the features. Other ranks than 0 get only the last
+    three.
     """
     height, width = read_image(images[0], args.crop).shape[1:]
     outputs = extract_features(images, features, args.crop, args.batch_size, device)
     statistics = {"label": features.label, "n": len(images), "size": f"{width}x{height}"}
-    if get_rank() > 0:
+    if rae.get_rank() > 0:
         return statistics
-    if "fid" in metrics:
-        statistics["mu"], statistics["sigma"] = mean_and_covariance(outputs[0])
-    if "sfid" in metrics:
-        statistics["mu_s"], statistics["sigma_s"] = mean_and_covariance(outputs[1])
+    for metric, output in zip(("fid", "sfid"), outputs):
+        if metric in metrics:
+            mu, sigma = METRICS[metric]
+            statistics[mu], statistics[sigma] = mean_and_covariance(output)
     if "is" in metrics:
         logits = features.network.logits(outputs[0].to(device))  # (n, 1008)
         statistics["inception_score"] = inception_score(logits.cpu())
@@ -297,16 +284,16 @@ def compute_statistics(images, metrics, features, args, device):
 
 
 def load_statistics(source, metrics, features, args, device):
-    """The statistics of a source: those saved in its file, the others computed from its images."""
+    """Read the statistics saved in a source, and compute missing ones from its images. --save uses
+    images only.
+    """
     arrays = read_npz(source) if source.endswith(".npz") else {}
-    saved = {}
-    if not args.save:  # new files are made from images only
-        saved = saved_statistics(source, arrays, features)
+    saved = {} if args.save else saved_statistics(source, arrays, features)
     missing = [m for m in metrics if not saved.keys() >= set(METRICS[m])]
     if not missing:
         return saved
     if saved and saved["label"] != features.label:
-        raise UsageError(f"{source} has features {saved['label']}, not {features.label}")
+        raise UsageError(f"{source} was made with features {saved['label']}, not {features.label}")
     images = open_images(source, arrays, args.num)
     return saved | compute_statistics(images, missing, features, args, device)
 
@@ -322,15 +309,14 @@ def mean_and_covariance(features):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance of two Gaussians, means (D,) and covariances (D, D) in float64.
+    """Squared Frechet distance between two Gaussians, means (D,) and covariances (D, D) in float64.
 
     |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 sqrt(sigma1 sigma2)): FID for pool3 features (Heusel et
     al. 2017), sFID for spatial ones.
     """
     # The trace of a matrix square root is the sum of the square roots of the eigenvalues, which are
     # real and at least 0 for sigma1 sigma2. Rounding can make some slightly negative or complex, so
-    # keep the real part. scipy's sqrtm is slow, and complex with fewer images than features. In
-    # that case eigh of sqrt(sigma1) sigma2 sqrt(sigma1) is off by 1e-4.
+    # keep the real part. (scipy's sqrtm is slower, and inexact with fewer images than features.)
     eigenvalues = scipy.linalg.eigvals(sigma1 @ sigma2)
     trace_of_root = np.sqrt(eigenvalues).real.sum()
     difference = mu1 - mu2  # (D,)
@@ -344,16 +330,16 @@ def inception_score(logits):
     suite. Samples sorted by class would score too low: every chunk would hold few classes.
     """
     scores = []
-    for chunk in torch.as_tensor(logits).split(5000):
+    for chunk in logits.split(5000):
         p = chunk.double().softmax(dim=1)  # p(y | x), (5000, 1008)
         entropy_of_mean = torch.special.entr(p.mean(dim=0)).sum()  # H(p(y))
         mean_of_entropy = torch.special.entr(p).sum(dim=1).mean()  # mean H(p(y | x))
         scores.append((entropy_of_mean - mean_of_entropy).exp())
-    return torch.stack(scores).mean().item()  # over the chunks
+    return torch.stack(scores).mean().item()
 
 
 def knn_radii(features, k=3):
-    """Distance (n,) of each of the features (n, D) to its k-th nearest neighbor."""
+    """Distance (n,) from each row of features (n, D) to its k-th nearest neighbor."""
     radii = []
     for rows in features.split(500):
         # The nearest one is the image itself.
@@ -362,13 +348,20 @@ def knn_radii(features, k=3):
     return torch.cat(radii)
 
 
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB (B,) of images (B, 3, H, W) in [0, 1]."""
+    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))  # (B,)
+    return -10 * error.clamp(min=1e-10).log10()  # 100 dB for equal images
+
+
 def precision_recall(samples, references):
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features (n, D) and (m, D).
 
-    Every image has a ball that reaches its third neighbor in its own set. Precision is the share
-    of samples inside any reference's ball, recall the share of references inside any sample's.
+    Around each image, take the ball that reaches its third nearest neighbor in the same set.
+    Precision is the share of samples inside any reference's ball, recall the share of references
+    inside any sample's ball.
     """
-    samples = samples.double()  # cdist computes |a|^2 + |b|^2 - 2 a b, which cancels in float32
+    samples = samples.double()  # in float32 cdist's |a|^2 + |b|^2 - 2 a b is inexact
     references = references.double()
     sample_radii = knn_radii(samples)  # (n,)
     reference_radii = knn_radii(references)  # (m,)
@@ -393,34 +386,32 @@ def get_args():
     )
     p.add_argument("samples", nargs="?", default="out/samples.npz", help="folder or .npz")
     p.add_argument("reference", nargs="?", default="toy", help="folder, .npz or toy")
-    p.add_argument("--num", type=positive_int, help="use only the first images of a source")
-    p.add_argument("--crop", type=positive_int, help="side of ADM's center crop of images")
+    p.add_argument("--num", type=positive_int, help="use only this many images per side")
+    p.add_argument("--crop", type=positive_int, help="center-crop images to this size")
     p.add_argument("--save", help="write the statistics of SAMPLES to this .npz and stop")
-    p.add_argument("--metrics", default="fid", help="any of fid,sfid,is,pr")
-    p.add_argument("--features", help="inception or encoder:NAME (default for toy: encoder:toy)")
+    p.add_argument("--metrics", default="fid", help="comma-separated, of fid,sfid,is,pr")
+    p.add_argument("--features", help="inception (None: encoder:toy for toy) or encoder:NAME")
     p.add_argument("--weights", help="local file of the 2015 Inception weights")
     p.add_argument("--mode", choices=["adm", "pytorch-fid"], default="adm", help="preprocessing")
     p.add_argument("--batch-size", type=positive_int, default=64)
-    p.add_argument("--device", choices=available_devices(), default=available_devices()[0])
+    p.add_argument("--device", choices=rae.available_devices(), default=rae.available_devices()[0])
     return p.parse_args()
 
 
 def main():
     args = get_args()
-    args.precision = "fp32"  # no TF32 either: features should not depend on the GPU
-    rank, _, device, _ = setup_distributed(args)
+    args.precision = "fp32"  # and no TF32, so that features depend less on the GPU
+    rank, _, device, _ = rae.setup_distributed(args)
 
-    # Default to Inception; for the toy, to its own encoder, which needs no download.
+    # The default is Inception. For the toy it is the toy's own encoder, which needs no download.
+    compare_with_toy = args.reference == "toy" and not args.save
+    features_name = args.features or ("encoder:toy" if compare_with_toy else "inception")
     metrics = args.metrics.split(",")
-    features_name = args.features or "inception"
-    if args.reference == "toy" and metrics == ["fid"]:
-        if not (args.features or args.weights or args.save):
-            features_name = "encoder:toy"
+    if not METRICS.keys() >= set(metrics):
+        raise UsageError(f"--metrics {args.metrics}: choose from {','.join(METRICS)}")
     if args.save:
         metrics = ["fid", "sfid"] if features_name == "inception" else ["fid"]
-        make_folder(Path(args.save).parent)
-    if not METRICS.keys() >= set(metrics):
-        raise UsageError(f"--metrics {args.metrics}: must be of {','.join(METRICS)}")
+        rae.make_folder(Path(args.save).parent)
     if features_name == "inception":
         features = InceptionFeatures(args.weights, args.mode, device)
     elif features_name.startswith("encoder:") and metrics == ["fid"]:
@@ -433,7 +424,7 @@ def main():
         if rank == 0:
             np.savez(args.save, **samples)
             n = samples["n"]
-            print0(f"wrote {args.save}: {n} images, {samples['size']}, {features.label}")
+            rae.print0(f"wrote {args.save}: {n} images, {samples['size']}, {features.label}")
         return
     compared = [metric for metric in metrics if metric != "is"]  # IS needs no reference
     reference = load_statistics(args.reference, compared, features, args, device)
@@ -444,18 +435,16 @@ def main():
         theirs = reference.get(name)
         if ours and theirs and str(ours) != str(theirs):
             raise UsageError(
-                f"different {name}: {args.samples} has {ours}, {args.reference} has {theirs}; "
+                f"{args.samples} has {name} {ours}, but {args.reference} has {theirs}; "
                 "pass --crop, or save new statistics"
             )
 
     scores = {}
-    if "fid" in metrics:
-        gaussians = (samples["mu"], samples["sigma"], reference["mu"], reference["sigma"])
-        name = "FID" if "inception" in samples["label"] else "Frechet distance"
-        scores[name] = frechet_distance(*gaussians)
-    if "sfid" in metrics:
-        gaussians = (samples["mu_s"], samples["sigma_s"], reference["mu_s"], reference["sigma_s"])
-        scores["sFID"] = frechet_distance(*gaussians)
+    fid_name = "Frechet distance" if samples["label"].startswith("encoder") else "FID"
+    for metric, name in (("fid", fid_name), ("sfid", "sFID")):
+        if metric in metrics:
+            gaussians = [side[key] for side in (samples, reference) for key in METRICS[metric]]
+            scores[name] = frechet_distance(*gaussians)
     if "is" in metrics:
         scores["IS"] = samples["inception_score"]
     if "pr" in metrics:
@@ -463,11 +452,11 @@ def main():
         scores["precision"], scores["recall"] = precision_recall(*pool3)
     n = int(samples.get("n", 0))
     if "FID" in scores and 0 < n < 2048:
-        print0(f"warning: {n} images are fewer than FID's 2,048 features; it is biased upward")
+        rae.print0(f"warning: FID is biased upward with fewer samples ({n}) than features (2,048)")
     numbers = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
-    of = f"{n or 'unknown number of'} samples, reference {args.reference}, {samples['label']}"
-    print0(f"{numbers}  ({of})")
+    details = f"{n or 'unknown number of'} samples, reference {args.reference}, {samples['label']}"
+    rae.print0(f"{numbers}  ({details})")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    rae.run_script(main)

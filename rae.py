@@ -4,9 +4,9 @@
     z = rae.encode(images)      # (B, 3, H, W) in [0, 1] -> latents (B, N, C), normalized
     images = rae.decode(z)      # (B, N, C) -> (B, 3, H, W)
 
-After the method come loading, images, and plumbing that the scripts share.
+Below the method: loading, images, and the plumbing shared by all scripts.
 
-Letters, the same in every file:
+Letters in formulas and shapes, the same in every file:
     B batch      N tokens = h w      C latent channels      D transformer width
     H W pixels   h w latent grid     p patch size           t time, from 0 (data) to 1 (noise)
     z latents    eps ~ N(0, I)       x_t = (1 - t) z + t eps        v = eps - z, the velocity
@@ -40,21 +40,21 @@ TOY = Path(__file__).resolve().parent / "toy"
 
 
 class UsageError(Exception):
-    """A mistake that the user can correct. Scripts print it as one line, without a traceback."""
+    """An error the user can fix. Scripts print it as one line, without a traceback."""
 
 
 # ---------------------------------------------------------------------------------------------
 # Encoder
 
 # name: (timm model, antialias, timm options). timm and the official code disagree on two things:
-# antialiasing when position embeddings are resized, and exact or tanh GELU.
+# antialiasing when position embeddings are resized, and exact or tanh GELU. We follow the latter.
 ENCODERS = {
     "dinov2-s": ("vit_small_patch14_reg4_dinov2.lvd142m", True, {}),
     "dinov2-b": ("vit_base_patch14_reg4_dinov2.lvd142m", True, {}),
     "dinov2-l": ("vit_large_patch14_reg4_dinov2.lvd142m", True, {}),
     "siglip2-b": ("vit_base_patch16_siglip_256.v2_webli", False, {"act_layer": "gelu_tanh"}),
     "mae-b": ("vit_base_patch16_224.mae", False, {}),
-    # Backbone of train_decoder.py's discriminator. (The original DINO uses exact GELU.)
+    # Backbone of train_decoder.py's discriminator. (DINO itself was trained with exact GELU.)
     "dino-s8": ("vit_small_patch8_224.dino", True, {"act_layer": "gelu_tanh"}),
 }
 
@@ -71,7 +71,7 @@ class Encoder(nn.Module):
 
         patch_size = vit.patch_embed.patch_size[0]
         if input_size % patch_size != 0:
-            raise UsageError(f"encoder input of {input_size} px: not a multiple of {patch_size}")
+            raise UsageError(f"encoder input of {input_size} px is not a multiple of {patch_size}")
         self.vit = vit
         self.input_size = input_size
         self.grid_size = input_size // patch_size
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
         self.num_heads = num_heads
         self.decoder_embed = nn.Linear(latent_dim, width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        # Trained; starts from 2-D sin-cos positions, and zeros for the CLS token.
+        # Learned; initialized to 2-D sin-cos positions, with zeros for the CLS token.
         pos_embed = F.pad(build_sincos2d_pos_embed([grid_size, grid_size], width), (0, 0, 1, 0))
         self.decoder_pos_embed = nn.Parameter(pos_embed[None])  # (1, 1 + N, D)
         layers = [DecoderBlock(width, num_heads, mlp_dim) for _ in range(depth)]
@@ -211,8 +211,8 @@ class RAE(nn.Module):
         shape = (encoder.latent_dim, encoder.grid_size, encoder.grid_size)
         decoder_shape = (decoder.latent_dim, decoder.grid_size, decoder.grid_size)
         if not shape == decoder_shape == mean.shape == var.shape:
-            shapes = f"{shape}, {decoder_shape} and {tuple(var.shape)}"
-            raise UsageError(f"encoder, decoder and statistics are for different latents: {shapes}")
+            shapes = f"encoder {shape}, decoder {decoder_shape}, statistics {tuple(var.shape)}"
+            raise UsageError(f"latents have different shapes: {shapes}")
         self.encoder = encoder
         self.decoder = decoder
         self.image_size = decoder.grid_size * decoder.patch_size  # of decoded images
@@ -255,8 +255,8 @@ RELEASED_DECODERS = {  # name: encoder, folder, decoder, statistics
     "siglip2-b": ("siglip2-b", "siglip2/base_p16_i256", "ViTXL_n08", "ImageNet1k"),
     "mae-b": ("mae-b", "mae/base_p16", "ViTXL_n08", "ImageNet1k"),
 }
-# Our parameter names and the official decoder's, which come from Hugging Face's ViT. Order matters:
-# the last official name also ends another one. extras/to_official.py renames the other way.
+# (our name, official name). The official decoder has the names of Hugging Face's ViT. The last one
+# comes last because it also ends proj's. extras/to_official.py renames the other way.
 OFFICIAL_NAMES = [
     ("norm1.", "layernorm_before."),
     ("query.", "attention.attention.query."),
@@ -270,7 +270,7 @@ OFFICIAL_NAMES = [
 
 
 def find_file(name):
-    """The local path of a model: a path, "toy" (its decoder), "released:NAME" with a name of
+    """The local path of a model: a path, "toy" (its decoder), "released:NAME" with a key of
     RELEASED_DECODERS, or "released:FOLDER" for a DiT, such as ImageNet256/DiTDH-XL.
     """
     if name == "toy":
@@ -278,8 +278,10 @@ def find_file(name):
     if not str(name).startswith("released:"):
         return name
     name = name.removeprefix("released:")
-    if name not in RELEASED_DECODERS:
+    if "/" in name:
         return download(f"DiTs/Dinov2/wReg_base/{name}/stage2_model.pt")
+    if name not in RELEASED_DECODERS:
+        raise UsageError(f"released:{name}: choose from {', '.join(RELEASED_DECODERS)}")
     _, folder, decoder, _ = RELEASED_DECODERS[name]
     return download(f"decoders/{folder}/{decoder}/model.pt")
 
@@ -295,7 +297,7 @@ def download(file):
 
 
 def load(path):
-    """Read a dict that torch.save wrote; it never runs code from a pickle."""
+    """Load a dict saved with torch.save, without running pickled code."""
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file")
     try:
@@ -305,7 +307,7 @@ def load(path):
 
 
 def atomic_save(content, path):
-    """torch.save through a temporary file: if killed midway, the old file survives."""
+    """torch.save through a temporary file, so that a crash midway leaves the old file intact."""
     temporary = f"{path}.tmp"
     with open(temporary, "wb") as f:
         torch.save(content, f)
@@ -315,7 +317,7 @@ def atomic_save(content, path):
 
 
 def make_folder(path):
-    """Create a folder, and check before the work that we can write to it."""
+    """Create a folder. Fail now, not at the first save, if we cannot write to it."""
     Path(path).mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
         raise UsageError(f"{path}: no permission to write")
@@ -327,7 +329,7 @@ def load_timm(model, weights=None, **options):
 
     overlay = {"file": weights} if weights else None
     try:
-        # Built with its classifier: only then does timm insist that the file has every tensor.
+        # Build it with its classifier; otherwise timm accepts a file with missing tensors.
         net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except Exception as error:  # the hub's client, torch and timm raise a dozen types
         raise UsageError(f"cannot load {model} from {weights or 'timm'}: {error}") from error
@@ -353,7 +355,7 @@ def load_encoder(name, image_size, weights=None):
         return Encoder(vit, image_size, file["mean"], file["std"])
 
     if name not in ENCODERS and not name.startswith("timm:"):
-        raise UsageError(f"encoder {name}: no such file, and not one of {[*ENCODERS]}, timm:MODEL")
+        raise UsageError(f"encoder {name}: neither a file nor timm:MODEL nor one of {[*ENCODERS]}")
     model, antialias, options = ENCODERS.get(name, (name.removeprefix("timm:"), True, {}))
     vit = load_timm(model, weights, **options)
     if not isinstance(vit, VisionTransformer):
@@ -366,16 +368,17 @@ def load_encoder(name, image_size, weights=None):
 
 
 def load_decoder(file, name="decoder"):
-    """The Decoder of a loaded file, in eval mode, with its (EMA) weights.
+    """Build the Decoder of a loaded file, with its EMA weights if it has them, in eval mode.
 
     file: a checkpoint of train_decoder.py, or a state dict with the official names. Sizes are read
     from tensor shapes, except the number of heads.
     """
     state = file.get("ema") or file
+    # The last two are prefixes of DDP and torch.compile.
     for ours, official in [*OFFICIAL_NAMES, ("", "module."), ("", "_orig_mod.")]:
         state = {key.replace(official, ours): tensor for key, tensor in state.items()}
     if "decoder_embed.weight" not in state:
-        raise UsageError(f"{name}: not an RAE decoder, it has no decoder_embed.weight")
+        raise UsageError(f"{name}: not an RAE decoder (no decoder_embed.weight)")
     width, latent_dim = state["decoder_embed.weight"].shape
     known_heads = {size[0]: size[2] for size in DECODERS.values()}
     decoder = Decoder(
@@ -392,13 +395,14 @@ def load_decoder(file, name="decoder"):
 
 
 def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cpu"):
-    """The frozen RAE of a decoder: "toy", "released:NAME" or a path. Our checkpoints name their
-    encoder and hold the statistics. An official file needs `encoder`, a name for load_encoder, and
-    `stats`, the path of its statistics.
+    """Load a decoder ("toy", "released:NAME" or a path) with its encoder and statistics, frozen.
+
+    Our checkpoints name their encoder and hold the statistics. An official file needs `encoder`, a
+    name for load_encoder, and `stats`, the path of its statistics.
     """
     name = str(decoder)
     file = load(find_file(name))
-    decoder = load_decoder(file, name)
+    decoder_vit = load_decoder(file, name)
     if name.startswith("released:"):
         official_encoder, folder, _, data = RELEASED_DECODERS[name.removeprefix("released:")]
         encoder = encoder or official_encoder
@@ -409,12 +413,13 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
         raise UsageError(f"{name}: no encoder or statistics; pass --encoder and --stats")
 
     # Official decoders have one token per 16 px of the encoded image.
-    image_size = file.get("encoder_image_size", 16 * decoder.grid_size)
-    encoder = load_encoder(encoder, image_size, encoder_weights or file.get("encoder_weights"))
+    image_size = file.get("encoder_image_size", 16 * decoder_vit.grid_size)
+    encoder_vit = load_encoder(encoder, image_size, encoder_weights or file.get("encoder_weights"))
     var = statistics["var"]
     mean = statistics.get("mean", torch.zeros_like(var))  # some official files lack it
-    rae = RAE(encoder, decoder, mean, var)
-    if stats is None and file.get("latent_hash") not in (None, rae.latent_hash()):
+    rae = RAE(encoder_vit, decoder_vit, mean, var)
+    trained_hash = file.get("latent_hash")  # official files have none
+    if stats is None and trained_hash and trained_hash != rae.latent_hash():
         raise UsageError(f"{name}: its encoder has changed; restore it, or retrain the decoder")
     return rae.to(device).eval().requires_grad_(False)
 
@@ -432,13 +437,13 @@ def open_image(path):
         if not os.path.isfile(path):
             raise ValueError("not a regular file")  # opening a named pipe would wait forever
         image = Image.open(path, formats=IMAGE_FORMATS)
-        if image.mode in ("I", "F") and image.format not in ("PNG", "PPM"):
-            raise ValueError("pixels of 32 bits")
+        if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+            raise ValueError("32-bit pixels are not supported")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit gray, which older Pillow opens in mode I
             pixels = np.asarray(image)
             if pixels.max() < 4096:
-                warnings.warn("16-bit gray images without values over 4,095 will look dark")
+                warnings.warn("a 16-bit gray image without values over 4,095 (12 bits?) is dark")
             image = Image.fromarray((pixels / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -507,7 +512,7 @@ class ImageFolder(Dataset):
 
 
 def open_data(data, size, split="train", crop=center_crop):
-    """The data set of --data: "toy" or a folder."""
+    """The data set that --data names: "toy" or a folder."""
     return ToyShapes(split, size) if data == "toy" else ImageFolder(data, size, crop)
 
 
@@ -547,11 +552,11 @@ def setup_distributed(args):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        # Import timm first; otherwise it keeps the group alive, and gloo crashes at exit.
+        # Imported later, timm would keep the process group alive, and gloo would crash at exit.
         import timm  # noqa: F401
 
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # ranks wait for rank 0
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 evaluates
 
     # bf16 computes matrix products in bfloat16 (autocast); weights, norms, residual streams and
     # losses stay in float32. tf32 rounds only the inputs of float32 products, on GPUs.
@@ -563,23 +568,19 @@ def setup_distributed(args):
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN in bf16 with torch 2.13
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    print0(f"{device.type} x {get_world_size()}, {precision}")
-    return get_rank(), get_world_size(), device, autocast
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    print0(f"{device.type} x {world_size}, {precision}")
+    return get_rank(), world_size, device, autocast
 
 
 def get_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def get_world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def print0(text):
-    """Print on rank 0 only. Output that nobody reads (as after `| head`) must not end a run."""
+    """Print on rank 0 only. A closed pipe (`| head`) or a full disk does not end the run."""
     if get_rank() == 0:
-        try:
-            # Bytes of a path that are not UTF-8 are printed as question marks.
+        try:  # bytes of a path that are not UTF-8 become question marks
             print(str(text).encode(errors="replace").decode(), flush=True)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -593,7 +594,8 @@ def progress(batches, description):
 
 def rank_batches(n, batch_size):
     """This rank's batches of range(n). Their union does not depend on the world size."""
-    starts = range(get_rank() * batch_size, n, get_world_size() * batch_size)
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    starts = range(get_rank() * batch_size, n, world_size * batch_size)
     return [range(start, min(start + batch_size, n)) for start in starts]
 
 
@@ -612,7 +614,7 @@ def load_optimizer(optimizer, saved):
     parameters = optimizer.param_groups[0]["params"]
     for i, moments in saved["state"].items():
         for name in ("exp_avg", "exp_avg_sq"):
-            # Wrong shapes fail here. The fused kernel would write out of bounds.
+            # Wrong shapes fail here; with them, the fused kernel would write out of bounds.
             moments[name] = torch.empty_like(parameters[i]).copy_(moments[name])
     optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
 
@@ -623,20 +625,20 @@ def check_same_run(out, saved, settings):
         there, here = saved.get(name), settings.get(name)
         if there != here:
             message = f"{out} has a run with {name} {there}, not {here}; change --out"
-            raise UsageError(f"{message} (in training, --init keeps its weights)")
+            raise UsageError(f"{message} (to start from its weights, train with --init)")
 
 
 def open_log(out, step):
     """Open out/log.jsonl to append, after dropping lines beyond the checkpoint's step."""
     path = Path(out, "log.jsonl")
-    if step == 0 and path.exists():  # of a run killed before its first save, or not ours
+    if step == 0 and path.exists():  # left by a run killed before its first save, or not ours
         os.replace(path, f"{path}.old")
     log = open(path, "a+b")
     log.seek(0)
     end = 0
     for line in log:
-        later = re.match(rb'{"step": (\d+)', line)
-        if not line.endswith(b"\n") or later and int(later[1]) > step:
+        match = re.match(rb'{"step": (\d+)', line)
+        if not line.endswith(b"\n") or match and int(match[1]) > step:
             break  # a later step, or a line that a kill cut short
         end += len(line)
     log.truncate(end)
@@ -661,7 +663,8 @@ def bounded(low, high=sys.float_info.max, kind=float):
 
     def parse(text):
         if not low <= kind(text) <= high:  # also false for NaN
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+            limit = f" and at most {high:g}" if high < 1e18 else ""
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low:g}{limit}")
         return kind(text)
 
     parse.__name__ = kind.__name__  # for argparse's messages
@@ -673,7 +676,7 @@ non_negative_int = bounded(0, 2**62, int)
 
 
 def available_devices():
-    """Available devices, the fastest first."""
+    """Available devices, fastest first."""
     devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return [name for name, available in devices.items() if available] + ["cpu"]
 
@@ -688,9 +691,9 @@ def parse_args(parser, presets):
     parser.add_argument("--preset", choices=presets, default="toy", help="defaults of other flags")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="random seed")
     parser.add_argument("--device", choices=devices, default=devices[0])
-    parser.add_argument("--precision", choices=precisions, default="auto", help="bf16 on GPUs")
+    parser.add_argument("--precision", choices=precisions, default="auto", help="bf16 on new GPUs")
     parser.set_defaults(**presets["toy"])
-    preset = presets[parser.parse_args().preset]
+    preset = presets[parser.parse_args().preset]  # this first pass also handles --help
     parser.set_defaults(**(dict.fromkeys(presets["toy"]) | preset))
     return parser.parse_args()
 
@@ -703,11 +706,11 @@ def run_script(main):
             dist.barrier()  # a rank that exits early can crash the others
             dist.destroy_process_group()
     except (UsageError, PermissionError, FileExistsError, NotADirectoryError) as error:
-        # A DataLoader worker sends its whole traceback as the message.
+        # A DataLoader worker puts its whole traceback in the message.
         message = str(error).split("UsageError: ")[-1]
         sys.exit(f"error: {' '.join(message.split())}")
     except RuntimeError as error:
-        # From torch.compile on CPUs and from Triton on GPUs, on a page of traceback.
+        # Raised by torch.compile on CPUs and Triton on GPUs, under a page of traceback.
         if not re.search("InvalidCxxCompiler|Failed to find C compiler", str(error)):
             raise
         sys.exit("error: torch.compile needs a C++ compiler; install one, or pass --no-compile")

@@ -1,15 +1,15 @@
-"""Sample images from a trained diffusion model (sections 5.1 and E of arXiv 2510.11690).
+"""Sample images from a trained diffusion model (section 5.1, appendix E of arXiv 2510.11690).
 
     python sample.py                                          # out/diffusion -> out/samples
-    python sample.py --classes 0,3 --num 8 --out out/cats
+    python sample.py --classes 3 --num 8 --out out/class3
     torchrun --standalone --nproc_per_node=8 -- sample.py --num 50000 --out out/samples50k
 
 (The "--" keeps torchrun from reading --num as an abbreviation of its own flag.)
 
-With --out NAME, the script writes NAME/000000.png, NAME/000001.png and so on, then NAME.npz, all
-images as uint8 (num, H, W, 3) for fid.py or ADM's evaluator, and NAME.png, a grid of the first 100.
-Finished batches are skipped; rerun the same command to resume. The noise of image i depends on
-(seed, i) alone.
+With --out NAME, the script writes NAME/000000.png, NAME/000001.png and so on. Then it writes
+NAME.npz, which holds all images as uint8 (num, H, W, 3) for fid.py or ADM's evaluator, and
+NAME.png, a grid of the first 100. To resume, rerun the same command; it skips finished batches. The
+noise for image i depends only on (seed, i).
 """
 
 import argparse
@@ -44,7 +44,7 @@ from rae import (
     setup_distributed,
 )
 
-# Batches fit 24 GB. The ImageNet presets are unguided, like the paper's FID of 1.51.
+# Batches fit in 24 GB. The ImageNet presets use no guidance, as in the paper's FID of 1.51.
 TOY = {"ckpt": "out/diffusion/checkpoint.pt", "num": 500, "cfg_scale": 1.5, "batch_size": 250}
 IMAGENET = {"num": 64, "cfg_scale": 1.0, "batch_size": 64}
 PRESETS = {
@@ -62,22 +62,22 @@ def class_list(text):
 def get_args():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     # model and latents
-    p.add_argument(
-        "--ckpt", help="checkpoint of train_diffusion.py, official file or released:NAME"
-    )
+    p.add_argument("--ckpt", help="checkpoint of train_diffusion.py, or released:NAME")
     p.add_argument("--decoder", help="decoder file or released:NAME (default: as in training)")
     p.add_argument("--encoder", help="for an official decoder file: its encoder")
     p.add_argument("--encoder-weights", help="local file of the encoder's timm weights")
     p.add_argument("--stats", help="for an official decoder file: its latent statistics")
     # images
     p.add_argument("--num", type=positive_int, help="number of images")
-    p.add_argument("--classes", type=class_list, help="such as 0,3,7, or null (default: all)")
-    p.add_argument("--out", default="out/samples", help="NAME of the folder, the .npz and the .png")
+    p.add_argument("--classes", type=class_list, help="such as 0,3,7, or null (None: all)")
+    p.add_argument("--out", default="out/samples", help="writes OUT/, OUT.npz, OUT.png")
     # sampler
     p.add_argument("--steps", type=positive_int, default=50, help="Euler steps (official: 49)")
-    p.add_argument("--t-last", type=bounded(0, 0.999), default=0.0, help="last t (official: 0.001)")
+    p.add_argument(
+        "--t-last", type=bounded(0, 0.999), default=0.0, help="final t (official: 0.001)"
+    )
     p.add_argument("--alpha", type=bounded(1e-3), help="schedule shift (default: as in training)")
-    p.add_argument("--cfg-scale", type=bounded(0), help="classifier-free guidance (1: off)")
+    p.add_argument("--cfg-scale", type=bounded(0), help="classifier-free guidance, 1: off")
     p.add_argument("--guidance-model", help="AutoGuidance: checkpoint of the weaker model")
     p.add_argument("--guidance-scale", type=bounded(0), help="AutoGuidance scale (paper: 1.42)")
     p.add_argument(
@@ -88,7 +88,7 @@ def get_args():
         metavar=("LOW", "HIGH"),
         help="guide only at shifted timesteps LOW <= t <= HIGH",
     )
-    p.add_argument("--batch-size", type=positive_int, help="images per forward and rank")
+    p.add_argument("--batch-size", type=positive_int, help="images per batch and GPU")
     args = parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
     if args.out.endswith((".png", ".npz")):
         raise UsageError(f"--out {args.out}: pass the name without {args.out[-4:]}")
@@ -98,36 +98,37 @@ def get_args():
 
 
 def balanced_labels(classes, num):
-    """num labels that cycle through the classes; evenly spaced classes if num is smaller."""
+    """num labels that cycle through the classes, or evenly spaced classes if num is smaller."""
     if num >= len(classes):
         return [classes[i % len(classes)] for i in range(num)]
     return [classes[i * len(classes) // num] for i in range(num)]
 
 
 def load_model(name):
-    """Load a checkpoint, official file or released:NAME -> (EMA model, the whole file)."""
+    """Load a checkpoint, an official file or released:NAME.
+
+    Returns the EMA model, the settings of its training, and the RAE it was trained on as arguments
+    of load_rae. Official files record neither; both are {}.
+    """
     file = load(find_file(name))
     try:
-        return load_dit(file), file
+        model = load_dit(file)
     except (KeyError, AttributeError) as error:
-        raise UsageError(f"{name}: not a diffusion model, it has no {error}") from error
+        raise UsageError(f"{name}: not a diffusion model ({error})") from error
+    return model, file.get("settings", {}), file.get("rae", {})
 
 
-def check_model(name, model, file, rae, labels):
-    """UsageError unless the model was trained on the latents of this RAE and on these labels."""
-    settings = file.get("settings", {})  # official files have none; they know every label
+def check_model(name, model, settings, rae, labels):
+    """Raise UsageError unless the model was trained on the latents of this RAE and these labels."""
     same_shape = rae.latent_mean.shape == (model.grid_size**2, model.latent_dim)
     if not same_shape or settings.get("latents", rae.latent_hash()) != rae.latent_hash():
-        raise UsageError(
-            f"{name} was trained on other latents; pass the --decoder it was trained on"
-        )
+        raise UsageError(f"{name} was trained on other latents; pass its --decoder")
     null = model.num_classes
     label_drop = settings.get("label_drop", 0.1)
-    for label in labels:
-        if label == null and label_drop == 0:
-            raise UsageError(f"{name} was trained without the null label; pass --cfg-scale 1")
-        if label != null and (label_drop == 1 or not 0 <= label < null):
-            raise UsageError(f"--classes {label}: {name} was not trained on this class")
+    if label_drop == 0 and null in labels:
+        raise UsageError(f"{name} was trained without the null label; pass --cfg-scale 1")
+    if label_drop == 1 and labels != {null}:
+        raise UsageError(f"{name} was trained without classes; pass --classes null")
 
 
 @torch.no_grad()
@@ -144,7 +145,7 @@ def generate(
 ):
     """Sample and decode images (len(labels), 3, H, W) in [0, 1].
 
-    first is the index of the first image; it fixes the noise. guidance: see dit_dh.sample.
+    first is the index of the first image, which determines its noise. guidance: see dit_dh.sample.
     """
     latent_shape = rae.latent_mean.shape  # (N, C)
     device = rae.latent_mean.device
@@ -160,43 +161,37 @@ def generate(
 
 
 def to_uint8(images):
-    """[0, 1] -> uint8, rounded. (The official code truncates, which darkens by half a level.)"""
+    """[0, 1] -> uint8, rounded. (The official code truncates, and so darkens by half a level.)"""
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def psnr(a, b):
-    """Peak signal-to-noise ratio in dB (B,) of images (B, 3, H, W) in [0, 1]."""
-    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))  # (B,)
-    return -10 * error.clamp(min=1e-10).log10()  # 100 dB for equal images
-
-
 def save_grid(images, path, columns):
-    """Draw images (B, 3, H, W) in [0, 1] as one PNG, row by row; small images are enlarged."""
+    """Save images (B, 3, H, W) in [0, 1] as one PNG, row by row. Small images are enlarged."""
     zoom = max(1, 64 // images.shape[2])
     rows = math.ceil(len(images) / columns)
     blank = rows * columns - len(images)
     images = to_uint8(images).cpu()  # (B, 3, H, W)
     images = F.pad(images, (1, 1, 1, 1, 0, 0, 0, blank), value=255)  # white borders and blanks
-    grid = images.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, 3)
-    grid = grid.flatten(2, 3).flatten(0, 1).numpy()  # (rows H, columns W, 3)
+    grid = images.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)
+    grid = grid.flatten(2, 3).flatten(0, 1).numpy()  # (rows (H + 2), columns (W + 2), 3)
     Image.fromarray(grid.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(path)
 
 
 def save_png(image, path):
-    """Write image (H, W, 3) uint8, then rename: a kill never leaves a half-written PNG."""
+    """Write image (H, W, 3) uint8 to a temporary file, then rename it: a PNG is always complete."""
     temporary = f"{path}.{os.getpid()}.tmp"
     Image.fromarray(image).save(temporary, "PNG")
     os.replace(temporary, path)
 
 
 def claim_folder(folder, settings):
-    """Create the folder and record its settings; UsageError if it has recorded others."""
+    """Create the folder and record its settings. Raise UsageError if it has recorded others."""
     path = folder / "settings.json"
     make_folder(folder)
     if any(folder.iterdir()) and not path.exists():
         raise UsageError(f"{folder} is not empty; delete it or change --out")
     try:
-        with open(path, "x") as f:  # only one process can create it
+        with open(path, "x") as f:  # of two commands at once, only one can create it
             json.dump(settings, f)
     except FileExistsError:
         check_same_run(folder, json.loads(path.read_text() or "{}"), settings)
@@ -208,52 +203,55 @@ def main():
     rank, world_size, device, autocast = setup_distributed(args)
 
     # Model and RAE. Our checkpoints record which RAE they were trained on.
-    model, file = load_model(args.ckpt)
-    trained = file.get("settings", {})
-    decoder = "released:dinov2-b-512" if model.grid_size == 32 else "released:dinov2-b"
-    rae_files = file.get("rae", {"decoder": decoder})
+    model, trained, rae_files = load_model(args.ckpt)
+    if not rae_files:
+        official = "released:dinov2-b-512" if model.grid_size == 32 else "released:dinov2-b"
+        rae_files = {"decoder": official}
     for name in ("decoder", "encoder", "encoder_weights", "stats"):
         if getattr(args, name) is not None:
             rae_files[name] = getattr(args, name)
     rae = load_rae(**rae_files, device=device)
     model.to(device)
 
-    # Labels: by default all classes, or the null label if the model knows nothing else
+    # Labels: by default all classes, or the null label if the model was trained on it alone
     null = model.num_classes
     classes = args.classes or list(range(null))
     if args.classes == "null" or (args.classes is None and trained.get("label_drop") == 1):
         classes = [null]
+    elif not all(0 <= label < null for label in classes):
+        raise UsageError(f"--classes must be from 0 to {null - 1}")
     labels = balanced_labels(classes, args.num)
 
     # Guidance
     needed = set(classes)
     guidance = {"interval": args.interval}
     if args.guidance_model:
-        guidance_model, guidance_file = load_model(args.guidance_model)
-        check_model(args.guidance_model, guidance_model, guidance_file, rae, needed)
+        guidance_model, guidance_trained, _ = load_model(args.guidance_model)
+        check_model(args.guidance_model, guidance_model, guidance_trained, rae, needed)
         guidance["guidance_model"] = guidance_model.to(device)
         guidance["guidance_scale"] = args.guidance_scale
     elif args.cfg_scale != 1 and classes != [null]:
         guidance["cfg_scale"] = args.cfg_scale
         needed.add(null)
-    check_model(args.ckpt, model, file, rae, needed)
+    check_model(args.ckpt, model, trained, rae, needed)
 
     # Timesteps, shifted as in training
     alpha = args.alpha or trained.get("alpha") or shift_alpha(*rae.latent_mean.shape)
     timesteps = time_grid(args.steps, alpha, args.t_last)
     print0(f"{args.num} images in {args.steps} steps, alpha {alpha:.3f}")
 
-    # One folder, one set of flags. An overwritten checkpoint counts as a changed flag.
+    # A folder holds images of one set of flags. A checkpoint that has changed counts as a change.
     if rank == 0:
-        models = [args.ckpt, args.guidance_model or args.ckpt, rae_files["decoder"]]
-        settings = vars(args) | {"model_times": [os.path.getmtime(find_file(m)) for m in models]}
+        models = [args.ckpt, args.guidance_model, rae_files["decoder"]]
+        times = [os.path.getmtime(find_file(name)) for name in models if name]
+        settings = vars(args) | {"model_times": times}
         for name in ("out", "preset", "device", "batch_size"):
             del settings[name]
         claim_folder(folder, settings)
     if world_size > 1:
         dist.barrier()
 
-    # Draw what is missing. The batches, and so the rounding, don't depend on the world size.
+    # Sample the missing batches. They are the same for any world size, and so is their rounding.
     todo = []
     for batch in rank_batches(args.num, args.batch_size):
         if not all((folder / f"{i:06d}.png").exists() for i in batch):

@@ -31,9 +31,9 @@ from torch.nn.utils import spectral_norm
 from torch.utils.data import DataLoader
 
 import rae
-from fid import download_weights, frechet_distance, mean_and_covariance
+from fid import download_weights, frechet_distance, mean_and_covariance, psnr
 from rae import UsageError, bounded, non_negative_int, positive_int
-from sample import psnr, save_grid, to_uint8
+from sample import save_grid, to_uint8
 from train_diffusion import StepBatches
 
 # Four minutes on two CPU cores.

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from dit_dh import SIZES, DiTDH, draw_time, flow_loss, shift_alpha, shift_time, time_grid
+from fid import psnr
 from rae import (
     UsageError,
     atomic_save,
@@ -46,7 +47,7 @@ from rae import (
     update_ema,
     write_log,
 )
-from sample import balanced_labels, generate, load_model, psnr, save_grid
+from sample import balanced_labels, generate, load_model, save_grid
 
 # Two minutes on two CPU cores. alpha = 4 is about the best value between 1 and 5.66; the paper's
 # formula gives 1 for latents this small.

@@ -127,10 +127,8 @@ def main():
     make_folder(Path(args.out).parent)
 
     # Model, and the RAE that it was trained on
-    model, file = load_model(args.ckpt)
+    model, settings, rae_files = load_model(args.ckpt)
     model.to(device)
-    settings = file.get("settings", {})
-    rae_files = file.get("rae", {})
     if args.decoder:
         rae_files["decoder"] = args.decoder
     if not rae_files:
@@ -144,10 +142,12 @@ def main():
     unlabeled = args.interpolate or settings.get("label_drop") == 1
     if args.classes == "null" or (args.classes is None and unlabeled):
         classes = [null]
+    elif not all(0 <= label < null for label in classes):
+        raise UsageError(f"--classes must be from 0 to {null - 1}")
     needed = set(classes)
     if args.cfg_scale != 1:
         needed.add(null)
-    check_model(args.ckpt, model, file, rae, needed)
+    check_model(args.ckpt, model, settings, rae, needed)
 
     if args.like:
         z = rae.encode(load_images([args.like], rae.image_size, device))  # (1, N, C)

@@ -25,8 +25,9 @@ from matplotlib import pyplot
 
 sys.path.insert(0, os.getcwd())
 from dit_dh import DiTDH, draw_time, flow_loss, sample, shift_time, time_grid
+from fid import psnr
 from rae import load_rae, update_ema
-from sample import psnr, to_uint8
+from sample import to_uint8
 from toy.world import ToyShapes, toy_images
 
 torch.manual_seed(0)

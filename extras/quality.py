@@ -18,8 +18,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dit_dh import time_grid  # noqa: E402
+from fid import psnr  # noqa: E402
 from rae import UsageError, load_rae, run_script  # noqa: E402
-from sample import balanced_labels, generate, load_model, psnr  # noqa: E402
+from sample import balanced_labels, generate, load_model  # noqa: E402
 from toy.world import ToyShapes  # noqa: E402
 
 MINIMUM = {
@@ -89,9 +90,9 @@ def main():
     scores["reconstructions_right"] = accuracy(classifier, reconstructions, val_labels)
 
     # Samples
-    model, file = load_model(args.ckpt)
+    model, settings, _ = load_model(args.ckpt)
     y = balanced_labels(range(10), 500)
-    timesteps = time_grid(50, file["settings"]["alpha"])
+    timesteps = time_grid(50, settings["alpha"])
     for name, cfg_scale in (("samples_right", 1.0), ("samples_right_cfg", 1.5)):
         samples = generate(rae, model, y, timesteps, seed=0, batch_size=250, cfg_scale=cfg_scale)
         scores[name] = accuracy(classifier, samples, torch.tensor(y))

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from fid import psnr  # noqa: E402
 from rae import (  # noqa: E402
     bounded,
     load_rae,
@@ -36,7 +37,7 @@ from rae import (  # noqa: E402
     seeded_noise,
     setup_distributed,
 )
-from sample import psnr, to_uint8  # noqa: E402
+from sample import to_uint8  # noqa: E402
 from train_decoder import load_lpips  # noqa: E402
 
 TOY = {"data": "toy", "decoder": "toy", "batch_size": 250, "workers": 0}

@@ -132,7 +132,7 @@ ERRORS = {
     "--query photo.png missing": "missing: no such folder",
     "--like photo.png --ckpt missing.pt": "missing.pt: no such file",
     "--like photo.png --ckpt bare.pt": "does not name its decoder; pass --decoder",
-    "--like photo.png --classes 3,11": "--classes 11",
+    "--like photo.png --classes 3,10": "--classes must be from 0 to 9",
 }
 ARGPARSE_ERRORS = {
     "": "one of the arguments --like --interpolate --query --neighbors is required",

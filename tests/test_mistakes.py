@@ -131,7 +131,7 @@ OTHERS = [
     (SAMPLE, "--ckpt run/checkpoint.pt --decoder half.pt", "half.pt"),
     (SAMPLE, "--ckpt run/checkpoint.pt --decoder run/checkpoint.pt", "run/checkpoint.pt"),
     (SAMPLE, "--ckpt run/checkpoint.pt --decoder small/checkpoint.pt", "--decoder"),
-    (SAMPLE, "--ckpt run/checkpoint.pt --classes 3,11", "--classes"),
+    (SAMPLE, "--ckpt run/checkpoint.pt --classes 3,10", "--classes"),
     (SAMPLE, "--ckpt run/checkpoint.pt --classes -1", "--classes"),
     (SAMPLE, "--ckpt run/checkpoint.pt --out a.png", "--out a.png"),
     (SAMPLE, "--ckpt run/checkpoint.pt --out a.npz", "--out a.npz"),

@@ -17,8 +17,9 @@ from conftest import ROOT, gap
 from PIL import Image
 
 import rae as R
+from fid import psnr
 from rae import UsageError
-from sample import psnr, save_grid, to_uint8
+from sample import save_grid, to_uint8
 from toy import world
 from train_decoder import latent_statistics
 from train_diffusion import StepBatches

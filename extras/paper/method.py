@@ -50,7 +50,7 @@ def arrow(axes, start, end):
 @torch.no_grad()
 def main():
     rae = load_rae("toy")
-    model, _ = load_model("out/diffusion/checkpoint.pt")
+    model, _, _ = load_model("out/diffusion/checkpoint.pt")
     toy = ToyShapes("val")
     index = toy.labels.tolist().index(STAR)
     image = torch.from_numpy(toy.images[index])[None].float() / 255  # (1, 3, 32, 32)
