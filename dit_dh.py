@@ -2,18 +2,18 @@
 
     model = DiTDH(768, 16, backbone=SIZES["XL"], wide_head=(2048, 2, 16), num_classes=1000)
     alpha = shift_alpha(num_tokens=256, latent_dim=768)
-    loss = flow_loss(model, z, y, alpha).mean()  # z (B, N, C); y (B,), 10% of it the null label
+    loss = flow_loss(model, z, y, alpha).mean()  # z (B, N, C); y (B,), 10% of them null labels
     z = sample(model, noise, y, time_grid(50, alpha), cfg_scale=1.5)  # noise (B, N, C) -> (B, N, C)
 
 A token of a representation encoder has hundreds of channels, and a transformer narrower than that
-cannot predict the noise in it (Theorem 1). Making the whole DiT that wide is expensive. DiT^DH, a
-DiT with a DDT head (decoupled diffusion transformer), instead feeds the noisy latent to two
-networks: a deep, narrow backbone computes one conditioning vector per token, and a shallow head, at
-least as wide as a token, predicts the velocity from the noisy latent and these vectors.
+cannot predict the noise in it (Theorem 1). Even wider is better, but making the whole DiT wide is
+expensive. DiT^DH, a DiT with a DDT (decoupled diffusion transformer) head, instead feeds the noisy
+latent to two networks: a deep, narrow backbone computes one conditioning vector per token, and a
+shallow, wide head predicts the velocity from the noisy latent and these vectors.
 
 Letters: B batch, N tokens, C latent channels, D width (D_head in the head), d head dim; z clean
 latent, normalized; eps noise; t time from 0 (data) to 1 (noise); v velocity; y label. This file
-depends on torch alone: copy it anywhere. For bfloat16 use autocast, with float32 parameters.
+needs only torch, so you can copy it anywhere. For bfloat16, use autocast and float32 parameters.
 """
 
 import math
@@ -40,7 +40,7 @@ SIZES = {
 
 
 def sincos_2d(dim, grid_size):
-    """2-D sin-cos positions (N, dim): the first half encodes the column, the second the row."""
+    """2-D sin-cos positions (N, dim): first the column, then the row (RoPE2d: the reverse)."""
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))  # (dim / 4,)
     angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequency  # (grid, dim / 4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim / 2)
@@ -74,7 +74,7 @@ class TimeEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Embed labels y (B,) -> (B, D). Label num_classes is the null label of guidance."""
+    """Embed labels y (B,) -> (B, D). Label num_classes is the null label, for guidance."""
 
     def __init__(self, num_classes, width):
         super().__init__()
@@ -91,12 +91,12 @@ class RoPE2d(nn.Module):
         super().__init__()
         half = head_dim // 2
         frequency = 10000.0 ** (-torch.arange(0, half, 2) / half)  # (half / 2,)
-        frequency = frequency.repeat_interleave(2)  # one per channel; pairs share it: (half,)
+        frequency = frequency.repeat_interleave(2)  # neighboring channels share it: (half,)
         angle = torch.arange(grid_size)[:, None] * frequency  # (grid, half)
         row = angle.repeat_interleave(grid_size, dim=0)  # (N, half)
         column = angle.repeat(grid_size, 1)  # (N, half)
         angle = torch.cat([row, column], dim=1)  # (N, head_dim)
-        self.register_buffer("freqs_cos", angle.cos())
+        self.register_buffer("freqs_cos", angle.cos())  # saved, as in official checkpoints
         self.register_buffer("freqs_sin", angle.sin())
 
     def forward(self, x):
@@ -138,7 +138,7 @@ class SwiGLU(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """Apply the shift and scale of adaLN to a normalized x."""
+    """Apply the shift and scale of adaLN (adaptive layer norm) to a normalized x."""
     return x * (1 + scale) + shift
 
 
@@ -206,8 +206,8 @@ class DiTDH(nn.Module):
         head_width, head_depth, head_num_heads = wide_head or (width, 0, num_heads)
 
         # In checkpoint names, s_ and enc_ stand for the backbone, x_ and dec_ for the head.
-        # pos_embed and t_embedder.W are trained: the official module marks them as frozen, but its
-        # train.py calls requires_grad_(True) on the whole model.
+        # pos_embed and t_embedder.W are trained: the official model class freezes them, but the
+        # official train.py then calls requires_grad_(True) on the whole model.
         self.pos_embed = nn.Parameter(sincos_2d(width, grid_size)[None])  # (1, N, D)
         self.t_embedder = TimeEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
@@ -233,7 +233,7 @@ class DiTDH(nn.Module):
         """Initialize like the official models, which start by predicting zero."""
         # Xavier-uniform for all linear layers of the plain DiT, like the original DiT. In the
         # official DiT^DH it applies to the token embedders (Conv2d) only; the rest keeps PyTorch's
-        # default. Some layers are overwritten below.
+        # default.
         for module in self.modules():
             plain_linear = isinstance(module, nn.Linear) and not self.has_wide_head
             if isinstance(module, nn.Conv2d) or plain_linear:
@@ -271,7 +271,7 @@ class DiTDH(nn.Module):
             return self.final_layer(x, c)  # (B, N, C)
 
         # Backbone: turn the noisy latent into one condition s per token. SiLU acts on c here and
-        # again inside each adaLN: redundant, but the official models were trained that way.
+        # again inside each adaLN, and t_emb is added twice, as in the official models.
         backbone_blocks = self.blocks[: self.backbone_depth]
         s = self.s_embedder(x_t) + self.pos_embed  # (B, N, D)
         s = self.run_blocks(backbone_blocks, s, F.silu(c), self.enc_feat_rope)  # (B, N, D)
@@ -280,7 +280,7 @@ class DiTDH(nn.Module):
         # Head: predict the velocity from the noisy latent, conditioned on s. It needs no position
         # embedding: s already encodes the positions, and RoPE gives attention the relative ones.
         head_blocks = self.blocks[self.backbone_depth :]
-        x = self.x_embedder(x_t).float()  # float32 residual stream, even under autocast
+        x = self.x_embedder(x_t).float()  # float32 residual stream; in s, pos_embed ensures it
         x = self.run_blocks(head_blocks, x, s, self.dec_feat_rope)  # (B, N, D_head)
         return self.final_layer(x, s)  # (B, N, C)
 
@@ -292,7 +292,7 @@ class DiTDH(nn.Module):
 def shift_alpha(num_tokens, latent_dim):
     """Schedule shift alpha = sqrt(N C / 4096) (section 4.2).
 
-    Noise is independent in each of the N C numbers, while the image is redundant across them. At
+    Noise is independent in each of the N C numbers, whereas the image is redundant across them. At
     the same t, more of the image therefore survives the noise in a larger latent, and the shift
     moves t towards noise to compensate. (Clamping alpha to at least 1 is our choice.)
     """
@@ -320,7 +320,7 @@ def flow_loss(model, z, y, alpha, t=None, eps=None):
 
     z (B, N, C) are clean latents and y (B,) labels; for classifier-free guidance, the caller
     replaces some labels by the null label. t (B,), before the shift, and eps (B, N, C) are drawn
-    unless given.
+    (by draw_time and randn) unless given.
     """
     if t is None:
         t = draw_time(len(z), device=z.device)
@@ -398,7 +398,7 @@ def load_dit(file):
 
     file is a path or a loaded dict: a checkpoint of train_diffusion.py, with "ema" and "config", or
     an official state dict, whose sizes are read from tensor shapes. torch's RuntimeError names
-    missing, unexpected and misshapen tensors.
+    tensors that are missing, unexpected or of a wrong shape.
     """
     if not isinstance(file, dict):
         file = torch.load(file, map_location="cpu", weights_only=True)

@@ -42,9 +42,9 @@ METRICS = {
 # ---------------------------------------------------------------------------------------------
 # The Inception network
 #
-# FID is defined by one network, TensorFlow's Inception of 2015 with its original weights. Layers
-# and names are the same as in timm's inception_v3, but the pooling differs. With other pooling or
-# weights, scores can't be compared with published ones.
+# FID is defined on the features of one network, TensorFlow's Inception of 2015 with its original
+# weights. Layers and names are the same as in timm's inception_v3, but the pooling differs. With
+# other pooling or weights, scores can't be compared with published ones.
 
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -172,17 +172,18 @@ class EncoderFeatures:
     def __init__(self, name, device):
         self.name = name
         self.device = device
-        self.encoder = None  # built for the size of the first images
+        self.encoder = None  # built for the size of the first image
+        self.side = None
         self.label = None
 
     def __call__(self, images):
-        side = images[0].shape[1]
-        if any(image.shape != (3, side, side) for image in images):
+        self.side = self.side or images[0].shape[1]
+        if any(image.shape != (3, self.side, self.side) for image in images):
             raise UsageError("encoder features need square images of one size; pass --crop")
         images = torch.stack(images).float() / 255  # (B, 3, H, W)
         if self.encoder is None:
-            self.encoder = rae.load_encoder(self.name, images.shape[-1]).to(self.device)
-            # The position embedding depends on the image size, the blocks don't.
+            self.encoder = rae.load_encoder(self.name, self.side).to(self.device)
+            # Hash the blocks only: the position embedding depends on the image size.
             digest = rae.hash_tensors(self.encoder.vit.blocks.state_dict().values())
             self.label = f"encoder {self.name} {digest}"
         return (self.encoder(images).mean(dim=1),)
@@ -191,7 +192,7 @@ class EncoderFeatures:
 def read_npz(path):
     """The arrays of an .npz, as a dict."""
     if not os.path.isfile(path):
-        raise UsageError(f"{path}: no such file; run sample.py first, or name another")
+        raise UsageError(f"{path}: no such file (sample.py writes out/samples.npz)")
     try:
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
@@ -206,11 +207,11 @@ def open_images(source, arrays, num):
     elif source.endswith(".npz"):
         images = arrays.get("arr_0", np.zeros(0))
         if images.dtype != np.uint8 or images.shape[3:] != (3,):
-            raise UsageError(f"{source}: has no images (arr_0, uint8, of shape (N, H, W, 3))")
+            raise UsageError(f"{source} has no images (arr_0, uint8, of shape (N, H, W, 3))")
     else:
         images = rae.list_images(source)
     if len(images[:num]) < 2:
-        raise UsageError(f"{source}: needs at least two images")
+        raise UsageError(f"{source} has fewer than two images")
     return images[:num]
 
 
@@ -254,17 +255,16 @@ def saved_statistics(source, arrays, features):
         return {}
     saved = {name: arrays[name] for name in arrays if name != "arr_0"}
     if "label" not in saved:  # files of ADM and pytorch-fid
-        # We take them for Inception features, and never for those of one of our encoders.
+        # Assume Inception features, never those of one of our encoders.
         is_inception = isinstance(features, InceptionFeatures)
         saved["label"] = features.label if is_inception else "inception"
-        rae.print0(f"{source} does not record its features; assuming {saved['label']}")
+        rae.print0(f"warning: {source} does not name its features; assuming {saved['label']}")
     return saved | {"label": str(saved["label"])}
 
 
 def compute_statistics(images, metrics, features, args, device):
-    """Return a dict with the entries of METRICS that the metrics need, and the number n of images,
-    the size of the first one and the label of the features. Other ranks than 0 get only the last
-    three.
+    """Compute what the metrics need (see METRICS), with the number n of images, the size of the
+    first one, and the label of the features. Ranks other than 0 get only n, size and label.
     """
     height, width = read_image(images[0], args.crop).shape[1:]
     outputs = extract_features(images, features, args.crop, args.batch_size, device)
@@ -284,8 +284,9 @@ def compute_statistics(images, metrics, features, args, device):
 
 
 def load_statistics(source, metrics, features, args, device):
-    """Read the statistics saved in a source, and compute missing ones from its images. --save uses
-    images only.
+    """Read the statistics saved in a source, and compute missing ones from its images.
+
+    With --save, saved statistics are ignored.
     """
     arrays = read_npz(source) if source.endswith(".npz") else {}
     saved = {} if args.save else saved_statistics(source, arrays, features)
@@ -309,7 +310,7 @@ def mean_and_covariance(features):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance between two Gaussians, means (D,) and covariances (D, D) in float64.
+    """Squared Frechet distance of Gaussians with means (D,) and covariances (D, D), in float64.
 
     |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 sqrt(sigma1 sigma2)): FID for pool3 features (Heusel et
     al. 2017), sFID for spatial ones.
@@ -348,12 +349,6 @@ def knn_radii(features, k=3):
     return torch.cat(radii)
 
 
-def psnr(a, b):
-    """Peak signal-to-noise ratio in dB (B,) of images (B, 3, H, W) in [0, 1]."""
-    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))  # (B,)
-    return -10 * error.clamp(min=1e-10).log10()  # 100 dB for equal images
-
-
 def precision_recall(samples, references):
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features (n, D) and (m, D).
 
@@ -374,6 +369,12 @@ def precision_recall(samples, references):
     return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
 
 
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB (B,) of images (B, 3, H, W) in [0, 1] (reconstructions)."""
+    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))  # (B,)
+    return -10 * error.clamp(min=1e-10).log10()  # 100 dB for equal images
+
+
 # ---------------------------------------------------------------------------------------------
 # The script
 
@@ -386,12 +387,12 @@ def get_args():
     )
     p.add_argument("samples", nargs="?", default="out/samples.npz", help="folder or .npz")
     p.add_argument("reference", nargs="?", default="toy", help="folder, .npz or toy")
-    p.add_argument("--num", type=positive_int, help="use only this many images per side")
+    p.add_argument("--num", type=positive_int, help="only the first images (saved statistics stay)")
     p.add_argument("--crop", type=positive_int, help="center-crop images to this size")
     p.add_argument("--save", help="write the statistics of SAMPLES to this .npz and stop")
     p.add_argument("--metrics", default="fid", help="comma-separated, of fid,sfid,is,pr")
-    p.add_argument("--features", help="inception (None: encoder:toy for toy) or encoder:NAME")
-    p.add_argument("--weights", help="local file of the 2015 Inception weights")
+    p.add_argument("--features", help="inception (default, except for toy) or encoder:NAME")
+    p.add_argument("--weights", help="local copy of the 2015 Inception weights")
     p.add_argument("--mode", choices=["adm", "pytorch-fid"], default="adm", help="preprocessing")
     p.add_argument("--batch-size", type=positive_int, default=64)
     p.add_argument("--device", choices=rae.available_devices(), default=rae.available_devices()[0])
@@ -403,12 +404,12 @@ def main():
     args.precision = "fp32"  # and no TF32, so that features depend less on the GPU
     rank, _, device, _ = rae.setup_distributed(args)
 
-    # The default is Inception. For the toy it is the toy's own encoder, which needs no download.
-    compare_with_toy = args.reference == "toy" and not args.save
-    features_name = args.features or ("encoder:toy" if compare_with_toy else "inception")
+    # Features: Inception, but for a distance to the toy its own encoder, which needs no download.
     metrics = args.metrics.split(",")
     if not METRICS.keys() >= set(metrics):
         raise UsageError(f"--metrics {args.metrics}: choose from {','.join(METRICS)}")
+    toy_distance = args.reference == "toy" and metrics == ["fid"] and not args.save
+    features_name = args.features or ("encoder:toy" if toy_distance else "inception")
     if args.save:
         metrics = ["fid", "sfid"] if features_name == "inception" else ["fid"]
         rae.make_folder(Path(args.save).parent)
@@ -452,7 +453,7 @@ def main():
         scores["precision"], scores["recall"] = precision_recall(*pool3)
     n = int(samples.get("n", 0))
     if "FID" in scores and 0 < n < 2048:
-        rae.print0(f"warning: FID is biased upward with fewer samples ({n}) than features (2,048)")
+        rae.print0(f"warning: FID from only {n} samples is far too high; papers use 50,000")
     numbers = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
     details = f"{n or 'unknown number of'} samples, reference {args.reference}, {samples['label']}"
     rae.print0(f"{numbers}  ({details})")

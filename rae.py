@@ -46,8 +46,8 @@ class UsageError(Exception):
 # ---------------------------------------------------------------------------------------------
 # Encoder
 
-# name: (timm model, antialias, timm options). timm and the official code disagree on two things:
-# antialiasing when position embeddings are resized, and exact or tanh GELU. We follow the latter.
+# name: (timm model, antialias, timm options). timm and the official code differ in two ways:
+# antialiasing when resizing positions, and exact or tanh GELU. We follow the official code.
 ENCODERS = {
     "dinov2-s": ("vit_small_patch14_reg4_dinov2.lvd142m", True, {}),
     "dinov2-b": ("vit_base_patch14_reg4_dinov2.lvd142m", True, {}),
@@ -89,7 +89,7 @@ class Encoder(nn.Module):
 
         # Drop the final LayerNorm's affine parameters (appendix C): every token then has mean 0 and
         # variance 1 over its channels, whatever the encoder.
-        eps = getattr(vit.norm, "eps", 1e-6)
+        eps = getattr(vit.norm, "eps", 1e-6)  # ViTs that average their tokens have no norm here
         vit.norm = nn.LayerNorm(self.latent_dim, eps=eps, elementwise_affine=False)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1))
@@ -202,8 +202,8 @@ class Decoder(nn.Module):
 class RAE(nn.Module):
     """Encoder, decoder, and the statistics that normalize the latents between them.
 
-    mean and var, (C, h, w), hold one value per channel and position, over the training set. The
-    diffusion model is trained on z = (tokens - mean) / sqrt(var + 1e-5); the decoder on tokens.
+    mean and var, (C, h, w), are computed over the training set, one value per channel and position.
+    The diffusion model is trained on z = (tokens - mean) / sqrt(var + 1e-5), the decoder on tokens.
     """
 
     def __init__(self, encoder, decoder, mean, var):
@@ -211,7 +211,7 @@ class RAE(nn.Module):
         shape = (encoder.latent_dim, encoder.grid_size, encoder.grid_size)
         decoder_shape = (decoder.latent_dim, decoder.grid_size, decoder.grid_size)
         if not shape == decoder_shape == mean.shape == var.shape:
-            shapes = f"encoder {shape}, decoder {decoder_shape}, statistics {tuple(var.shape)}"
+            shapes = f"encoder {shape}, decoder {decoder_shape}, mean and var {tuple(var.shape)}"
             raise UsageError(f"latents have different shapes: {shapes}")
         self.encoder = encoder
         self.decoder = decoder
@@ -255,8 +255,8 @@ RELEASED_DECODERS = {  # name: encoder, folder, decoder, statistics
     "siglip2-b": ("siglip2-b", "siglip2/base_p16_i256", "ViTXL_n08", "ImageNet1k"),
     "mae-b": ("mae-b", "mae/base_p16", "ViTXL_n08", "ImageNet1k"),
 }
-# (our name, official name). The official decoder has the names of Hugging Face's ViT. The last one
-# comes last because it also ends proj's. extras/to_official.py renames the other way.
+# (our name, official name). The official decoder has Hugging Face's ViT names. fc2's must come last
+# because it is also the end of proj's. extras/to_official.py renames the other way.
 OFFICIAL_NAMES = [
     ("norm1.", "layernorm_before."),
     ("query.", "attention.attention.query."),
@@ -410,7 +410,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     encoder = encoder or file.get("encoder")
     statistics = load(stats) if stats else file
     if encoder is None or "var" not in statistics:
-        raise UsageError(f"{name}: no encoder or statistics; pass --encoder and --stats")
+        raise UsageError(f"{name} names no encoder, or has no var; pass --encoder and --stats")
 
     # Official decoders have one token per 16 px of the encoded image.
     image_size = file.get("encoder_image_size", 16 * decoder_vit.grid_size)
@@ -443,7 +443,7 @@ def open_image(path):
         if image.mode.startswith("I"):  # 16-bit gray, which older Pillow opens in mode I
             pixels = np.asarray(image)
             if pixels.max() < 4096:
-                warnings.warn("a 16-bit gray image without values over 4,095 (12 bits?) is dark")
+                warnings.warn("a 16-bit image with no value over 4,095 (12 bits?) will look dark")
             image = Image.fromarray((pixels / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -527,7 +527,7 @@ def read_batches(data, batches, workers, device):
 #
 # Every random draw is a function of its place in the run: (seed, step, row of the global batch) in
 # training, (seed, index) in sampling, (seed, epoch) for the data order. So no random state has to
-# be saved, a resumed run is exact, and 1 GPU and 8 GPUs train on the same noise.
+# be saved, a resumed run draws the same, and 1 GPU and 8 GPUs train on the same noise.
 
 
 def seeded_generator(*key, device="cpu"):
@@ -552,11 +552,11 @@ def setup_distributed(args):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        # Imported later, timm would keep the process group alive, and gloo would crash at exit.
+        # Import timm before joining; otherwise it keeps the group alive, and gloo crashes at exit.
         import timm  # noqa: F401
 
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 evaluates
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # others wait for rank 0
 
     # bf16 computes matrix products in bfloat16 (autocast); weights, norms, residual streams and
     # losses stay in float32. tf32 rounds only the inputs of float32 products, on GPUs.
@@ -587,7 +587,7 @@ def print0(text):
 
 
 def progress(batches, description):
-    """A progress bar on rank 0, if there is a terminal."""
+    """A progress bar on rank 0, if stderr is a terminal."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     return tqdm(batches, description, disable=get_rank() > 0 or not is_terminal)
 
@@ -614,7 +614,7 @@ def load_optimizer(optimizer, saved):
     parameters = optimizer.param_groups[0]["params"]
     for i, moments in saved["state"].items():
         for name in ("exp_avg", "exp_avg_sq"):
-            # Wrong shapes fail here; with them, the fused kernel would write out of bounds.
+            # copy_ checks shapes. The fused kernel does not, and would write out of bounds.
             moments[name] = torch.empty_like(parameters[i]).copy_(moments[name])
     optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
 
@@ -624,8 +624,8 @@ def check_same_run(out, saved, settings):
     for name in sorted(saved.keys() | settings.keys()):
         there, here = saved.get(name), settings.get(name)
         if there != here:
-            message = f"{out} has a run with {name} {there}, not {here}; change --out"
-            raise UsageError(f"{message} (to start from its weights, train with --init)")
+            message = f"{out} has a run with {name} {there}, not {here}; choose another --out"
+            raise UsageError(f"{message} (in training, --init starts from its weights)")
 
 
 def open_log(out, step):
@@ -691,7 +691,7 @@ def parse_args(parser, presets):
     parser.add_argument("--preset", choices=presets, default="toy", help="defaults of other flags")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="random seed")
     parser.add_argument("--device", choices=devices, default=devices[0])
-    parser.add_argument("--precision", choices=precisions, default="auto", help="bf16 on new GPUs")
+    parser.add_argument("--precision", choices=precisions, default="auto", help="bf16 if native")
     parser.set_defaults(**presets["toy"])
     preset = presets[parser.parse_args().preset]  # this first pass also handles --help
     parser.set_defaults(**(dict.fromkeys(presets["toy"]) | preset))
@@ -699,7 +699,7 @@ def parse_args(parser, presets):
 
 
 def run_script(main):
-    """Run main(); print a UsageError as one line, and at Ctrl-C say how to resume."""
+    """Run main(). Print a UsageError as one line, and on Ctrl-C say how to resume."""
     try:
         main()
         if dist.is_initialized():

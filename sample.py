@@ -44,7 +44,7 @@ from rae import (
     setup_distributed,
 )
 
-# Batches fit in 24 GB. The ImageNet presets use no guidance, as in the paper's FID of 1.51.
+# Batches fit in 24 GB. The ImageNet presets use no guidance, like the paper's FID of 1.51.
 TOY = {"ckpt": "out/diffusion/checkpoint.pt", "num": 500, "cfg_scale": 1.5, "batch_size": 250}
 IMAGENET = {"num": 64, "cfg_scale": 1.0, "batch_size": 64}
 PRESETS = {
@@ -69,7 +69,7 @@ def get_args():
     p.add_argument("--stats", help="for an official decoder file: its latent statistics")
     # images
     p.add_argument("--num", type=positive_int, help="number of images")
-    p.add_argument("--classes", type=class_list, help="such as 0,3,7, or null (None: all)")
+    p.add_argument("--classes", type=class_list, help="such as 0,3,7, or null (default: all)")
     p.add_argument("--out", default="out/samples", help="writes OUT/, OUT.npz, OUT.png")
     # sampler
     p.add_argument("--steps", type=positive_int, default=50, help="Euler steps (official: 49)")
@@ -88,7 +88,7 @@ def get_args():
         metavar=("LOW", "HIGH"),
         help="guide only at shifted timesteps LOW <= t <= HIGH",
     )
-    p.add_argument("--batch-size", type=positive_int, help="images per batch and GPU")
+    p.add_argument("--batch-size", type=positive_int, help="batch size per GPU")
     args = parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
     if args.out.endswith((".png", ".npz")):
         raise UsageError(f"--out {args.out}: pass the name without {args.out[-4:]}")
@@ -107,8 +107,8 @@ def balanced_labels(classes, num):
 def load_model(name):
     """Load a checkpoint, an official file or released:NAME.
 
-    Returns the EMA model, the settings of its training, and the RAE it was trained on as arguments
-    of load_rae. Official files record neither; both are {}.
+    Returns the EMA model, its training settings, and the load_rae arguments for the RAE it was
+    trained on. Official files record neither; both are {}.
     """
     file = load(find_file(name))
     try:
@@ -119,10 +119,12 @@ def load_model(name):
 
 
 def check_model(name, model, settings, rae, labels):
-    """Raise UsageError unless the model was trained on the latents of this RAE and these labels."""
+    """Raise UsageError unless the model was trained on this RAE's latents and with these labels."""
     same_shape = rae.latent_mean.shape == (model.grid_size**2, model.latent_dim)
     if not same_shape or settings.get("latents", rae.latent_hash()) != rae.latent_hash():
-        raise UsageError(f"{name} was trained on other latents; pass its --decoder")
+        raise UsageError(
+            f"{name} was trained on other latents; pass the --decoder it was trained with"
+        )
     null = model.num_classes
     label_drop = settings.get("label_drop", 0.1)
     if label_drop == 0 and null in labels:
@@ -178,20 +180,20 @@ def save_grid(images, path, columns):
 
 
 def save_png(image, path):
-    """Write image (H, W, 3) uint8 to a temporary file, then rename it: a PNG is always complete."""
+    """Write image (H, W, 3) uint8 through a temporary file, so that every PNG is complete."""
     temporary = f"{path}.{os.getpid()}.tmp"
     Image.fromarray(image).save(temporary, "PNG")
     os.replace(temporary, path)
 
 
 def claim_folder(folder, settings):
-    """Create the folder and record its settings. Raise UsageError if it has recorded others."""
+    """Create the folder and record its settings. Raise UsageError if it holds different ones."""
     path = folder / "settings.json"
     make_folder(folder)
     if any(folder.iterdir()) and not path.exists():
         raise UsageError(f"{folder} is not empty; delete it or change --out")
     try:
-        with open(path, "x") as f:  # of two commands at once, only one can create it
+        with open(path, "x") as f:  # if two commands start at once, one fails
             json.dump(settings, f)
     except FileExistsError:
         check_same_run(folder, json.loads(path.read_text() or "{}"), settings)
@@ -235,14 +237,14 @@ def main():
         needed.add(null)
     check_model(args.ckpt, model, trained, rae, needed)
 
-    # Timesteps, shifted as in training
+    # Timesteps, by default shifted as in training
     alpha = args.alpha or trained.get("alpha") or shift_alpha(*rae.latent_mean.shape)
     timesteps = time_grid(args.steps, alpha, args.t_last)
     print0(f"{args.num} images in {args.steps} steps, alpha {alpha:.3f}")
 
-    # A folder holds images of one set of flags. A checkpoint that has changed counts as a change.
+    # All images in a folder must come from the same flags and the same files.
     if rank == 0:
-        models = [args.ckpt, args.guidance_model, rae_files["decoder"]]
+        models = [args.ckpt, args.guidance_model, rae_files["decoder"], rae_files.get("stats")]
         times = [os.path.getmtime(find_file(name)) for name in models if name]
         settings = vars(args) | {"model_times": times}
         for name in ("out", "preset", "device", "batch_size"):
@@ -251,7 +253,7 @@ def main():
     if world_size > 1:
         dist.barrier()
 
-    # Sample the missing batches. They are the same for any world size, and so is their rounding.
+    # Sample the missing batches. The split, and so the rounding, is the same for any world size.
     todo = []
     for batch in rank_batches(args.num, args.batch_size):
         if not all((folder / f"{i:06d}.png").exists() for i in batch):

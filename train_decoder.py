@@ -1,12 +1,13 @@
-"""Stage 1: train the ViT decoder of an RAE on noisy encoder tokens (sections 3, 4.3, appendix C).
+"""Stage 1: train an RAE's decoder on noisy encoder tokens (arXiv 2510.11690, sections 3 and 4.3).
 
     python train_decoder.py                                          # toy data -> out/decoder
-    python train_decoder.py --data FOLDER --encoder my_encoder.pt    # your images
+    python train_decoder.py --data FOLDER --encoder my_encoder.pt --out out/photos_decoder
     torchrun --standalone --nproc_per_node=8 train_decoder.py --preset imagenet256
 
-The loss is L1 + LPIPS + 0.75 lambda GAN, where lambda rescales the GAN's gradient to match the norm
-of the other losses'. LPIPS and the discriminator run on features of frozen networks, chosen by
---loss-networks: VGG16 and DINO-S/8 as in the paper, or the encoder itself, which needs no download.
+The loss is L1 + perceptual + w lambda GAN (appendix C; in the paper, LPIPS and w = 0.75), where
+lambda scales the GAN's gradient to the norm of the reconstruction gradient. The perceptual loss and
+the discriminator run on features of frozen networks, chosen by --loss-networks: VGG16 and DINO-S/8
+as in the paper, or the encoder itself, which needs no download.
 
 Writes checkpoint.pt, log.jsonl and grid_*.png (rows: images, reconstructions, reconstructions from
 noisy tokens) to --out. Rerun the same command to resume.
@@ -65,7 +66,7 @@ IMAGENET = {
     "disc_weight": 0.75,
     "global_batch_size": 512,
     "micro_batch_size": 64,  # fits 80 GB
-    "steps": 40032,  # 16 epochs
+    "steps": 40032,
     "lr": 2e-4,
     "lr_end": 2e-5,
     "warmup": 2502,  # 1 epoch
@@ -82,7 +83,7 @@ PRESETS = {
     "imagenet512": IMAGENET | {"image_size": 512, "resize": 768, "micro_batch_size": 16},
 }
 # Flags that may change on resume. Images and encoder are compared by their hashes instead. The
-# micro-batch size must stay: the GAN's adaptive weight is computed per micro-batch.
+# micro-batch size may not: the GAN's adaptive weight is computed per micro-batch.
 MAY_CHANGE = """preset out device workers compile checkpoint_activations data val_data encoder
 encoder_weights lpips_weights vgg_weights dino_weights eval_every eval_num eval_sigma log_every
 save_every
@@ -150,7 +151,7 @@ class PerceptualLoss(nn.Module):
 
     Features are normalized to unit length; squared differences are weighted by channel, averaged
     over positions and summed over layers. With VGGFeatures and the learned weights this is LPIPS
-    (Zhang et al. 2018). Without weights all channels count the same.
+    (Zhang et al. 2018). Without weights, channels count equally and layers are averaged.
     """
 
     def __init__(self, features, weights=None):
@@ -199,8 +200,8 @@ class InstanceNorm(nn.InstanceNorm1d):
 class DiscriminatorHead(nn.Module):
     """Features (B, N, C) of one layer -> logits (B, N), one per token (appendix C).
 
-    Convolutions run along the token sequence and have spectral norm. The other norms are per image,
-    so that an image's logits don't depend on its batch.
+    Convolutions run along the token sequence, with spectral norm. Activations get instance norm,
+    not batch norm, so that an image's logits don't depend on its batch.
     """
 
     def __init__(self, width):
@@ -240,8 +241,8 @@ class Discriminator(nn.Module):
 def diffaug(x, u):
     """DiffAug (Zhao et al. 2020) of images (B, 3, H, W) in [0, 1], with uniform noise u (B, 5).
 
-    Shift by up to an eighth, gray (0.5) outside; brightness + U(-.5, .5), saturation x U(0, 2) and
-    contrast x U(.5, 1.5), all in [-1, 1]. Keeps the discriminator from memorizing the training set.
+    Keeps the discriminator from memorizing the training set. Shift by up to an eighth, gray beyond;
+    then, in [-1, 1], brightness + U(-.5, .5), saturation x U(0, 2) and contrast x U(.5, 1.5).
     """
     # Crop the padded image at a random place, by indexing without a host-device sync.
     x = 2 * x - 1
@@ -283,7 +284,7 @@ def adaptive_weight(rec_grad, gan_grad):
 
 
 def draw_sigma(n, tau, dist="uniform", generator=None, device=None):
-    """Draw the noise level of n images, (n,) (section 4.3).
+    """Draw noise levels (n,) for n images (section 4.3).
 
     "uniform" is tau U(0, 1), as in the official code; "half-normal" is |N(0, tau^2)|, as in the
     paper.
@@ -305,8 +306,8 @@ def add_noise(tokens, sigma, eps):
 def latent_statistics(encoder, data, batch_size, device, workers=0):
     """Exact mean and variance of the tokens, (C, h, w) each, over a data set and its mirror images.
 
-    One pass over center crops, shared by all ranks, summed in float64. (The official statistics are
-    a running average, which favors the last images.)
+    One pass over center crops, split over the ranks, summed in float64. (The official statistics
+    are a running average, which favors the last images.)
     """
     batches = rae.rank_batches(len(data), batch_size)
     sum_device = "cpu" if device.type == "mps" else device  # MPS has no float64
@@ -349,7 +350,7 @@ def get_args():
     p.add_argument("--init", help="initial weights: a checkpoint or released:NAME")
     # losses
     p.add_argument("--loss-networks", choices=["encoder", "published"])
-    p.add_argument("--lpips-weights", help="local file of LPIPS' VGG weights")
+    p.add_argument("--lpips-weights", help="local file of LPIPS' learned weights")
     p.add_argument("--vgg-weights", help="local file of VGG16's timm weights")
     p.add_argument("--dino-weights", help="local file of DINO-S/8's timm weights")
     p.add_argument("--perceptual-weight", type=bounded(0), default=1.0, help="0: off")
@@ -360,7 +361,7 @@ def get_args():
         nargs=3,
         default=[0, 0.375, 0.5],
         metavar=("PERCEPTUAL", "D", "GAN"),
-        help="when each starts, in fractions of the run (paper: epochs 0, 6, 8 of 16)",
+        help="when each starts, as a fraction of the run (paper: epochs 0, 6, 8 of 16)",
     )
     # optimization
     p.add_argument("--steps", type=positive_int, help="optimizer steps")
@@ -379,7 +380,9 @@ def get_args():
     p.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
     p.add_argument("--eval-every", type=positive_int, help="steps between evaluations")
     p.add_argument("--eval-num", type=positive_int, help="images to evaluate on")
-    p.add_argument("--eval-sigma", type=bounded(0), default=0.8, help="noise of *_noisy numbers")
+    p.add_argument(
+        "--eval-sigma", type=bounded(0), default=0.8, help="noise level of *_noisy metrics"
+    )
     p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
     args = rae.parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
     if args.image_size % args.upsample != 0:
@@ -412,9 +415,9 @@ def random_crop(image, size, generator, short_side):
 def evaluate(encoder, decoder, data, args, batch_size, lpips=None):
     """PSNR, LPIPS if given, and the Frechet distance in the encoder's features, on rank 0.
 
-    Returns a dict and a grid of up to 16 images and their reconstructions, (3 * 16, 3, H, W). Names
-    with _noisy are for reconstructions from tokens with noise of level --eval-sigma. The distance
-    flatters decoders trained with --loss-networks encoder, which optimize the same features.
+    Returns a dict and a grid of up to 16 images and their reconstructions, (3 * 16, 3, H, W). The
+    _noisy numbers are for tokens with noise of level --eval-sigma. The distance flatters decoders
+    trained with --loss-networks encoder, which optimize the same features.
     """
     num = min(args.eval_num, len(data))
     indices = np.linspace(0, len(data) - 1, num).astype(int)  # spread over the classes
@@ -454,7 +457,8 @@ def main():
     out = Path(args.out)
     rae.make_folder(out)
 
-    # Data and frozen encoder. Only training sees random crops. No flips, as in the official code.
+    # Data and frozen encoder. Only training sees random crops; read_batches, for statistics and
+    # evaluation, crops at the center. No flips, as in the official code.
     crop = rae.center_crop
     if args.resize:
         crop = partial(random_crop, short_side=args.resize)
@@ -463,9 +467,9 @@ def main():
     if args.val_data or args.data == "toy":
         val_data = rae.open_data(args.val_data or "toy", args.image_size, "val")
     else:
-        rae.print0("evaluating on training images; pass --val-data for others")
+        rae.print0("evaluating on training images; pass --val-data to use others")
     if min(args.eval_num, len(val_data)) < 2:
-        raise UsageError("--eval-num, --val-data: evaluation needs two images")
+        raise UsageError("evaluation needs two images; check --eval-num and --val-data")
     batches = StepBatches(data, args, flip=False, rank=rank, world_size=world_size)
     rows = batches.rows  # this rank's rows of the global batch
     micro_batches = batches.micro_batches
@@ -473,7 +477,7 @@ def main():
     encoder_image_size = args.image_size // args.upsample
     encoder = rae.load_encoder(args.encoder, encoder_image_size, args.encoder_weights).to(device)
 
-    # Decoder and EMA. The EMA is copied before compiling and wrapping: it stays an ordinary module.
+    # Decoder and EMA. The EMA is copied before compiling and wrapping, so it stays a plain module.
     torch.manual_seed(args.seed)  # for the initial weights; later draws have their own seeds
     patch_size = args.image_size // encoder.grid_size
     decoder = rae.Decoder(
@@ -498,8 +502,8 @@ def main():
     disc_backbone = ViTFeatures(disc_encoder)
     discriminator = Discriminator(disc_backbone.width, disc_backbone.num_layers).to(device)
 
-    # DDP averages the gradients of both networks over the ranks. (As far as we can tell from its
-    # source, the official code bypasses DDP for the discriminator, so its ranks drift apart.)
+    # DDP averages the gradients of both networks over the ranks. (The official code appears to
+    # bypass DDP for the discriminator, so its ranks drift apart.)
     ddp_decoder = decoder
     ddp_discriminator = discriminator
     if world_size > 1:
@@ -627,7 +631,7 @@ def main():
             rae.update_ema(ema, decoder, args.ema, step)
         optimizer.zero_grad()
 
-        # Discriminator step, on images as finally decoded: by the updated decoder, from tokens
+        # Discriminator step, on images decoded as at inference: by the updated decoder, from tokens
         # without noise, rounded to 8 bits.
         if args.disc_weight > 0 and step >= start_d:
             discriminator.train().requires_grad_(True)
@@ -652,7 +656,7 @@ def main():
                 finite = False
             d_optimizer.zero_grad()
 
-        # A step whose gradient is not finite is skipped; five in a row end the run.
+        # An update whose gradient is not finite is skipped; five in a row end the run.
         if finite:
             loss_sums += torch.cat([losses, d_loss])
             num_summed += 1
@@ -661,7 +665,7 @@ def main():
             skipped += 1
             skipped_in_a_row += 1
             if skipped_in_a_row == 5:
-                raise UsageError("five non-finite gradients in a row; lower --lr or use fp32")
+                raise UsageError("five non-finite gradients in a row; restart with a lower --lr")
         images_done += args.global_batch_size
         done = step + 1  # steps completed
         final = done == args.steps
@@ -708,7 +712,7 @@ def main():
             rae.atomic_save(checkpoint, out / "checkpoint.pt")
         start += time.perf_counter() - pause  # images_per_s counts training time only
 
-    rae.print0(f"finished; the decoder is {out}/checkpoint.pt")
+    rae.print0(f"finished; the decoder is in {out}/checkpoint.pt")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Stage 2: train DiT^DH by flow matching in the latent space of a frozen RAE (sections 4 and 5).
 
     python train_diffusion.py                                          # toy data -> out/diffusion
-    python train_diffusion.py --data FOLDER --decoder out/decoder/checkpoint.pt     # your images
+    python train_diffusion.py --data FOLDER --decoder out/decoder/checkpoint.pt --out out/photos
     torchrun --standalone --nproc_per_node=8 train_diffusion.py --preset imagenet256
 
 Writes checkpoint.pt, log.jsonl, samples_*.png (one column per class, always from the same noise)
@@ -49,8 +49,8 @@ from rae import (
 )
 from sample import balanced_labels, generate, load_model, save_grid
 
-# Two minutes on two CPU cores. alpha = 4 is about the best value between 1 and 5.66; the paper's
-# formula gives 1 for latents this small.
+# Two minutes on two CPU cores. Of the alphas we tried from 1 to 5.66, 4 was about the best; the
+# paper's formula gives 1 for latents this small.
 TOY = {
     "data": "toy",
     "decoder": "toy",
@@ -154,13 +154,13 @@ def get_args():
     p.add_argument("--sample-every", type=positive_int, help="steps between sample grids")
     p.add_argument("--cfg-scale", type=bounded(0), help="guidance of the sample grids, 1: off")
     p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
-    p.add_argument("--keep-every", type=positive_int, help="steps between kept EMA weights")
+    p.add_argument("--keep-every", type=positive_int, help="steps between kept EMA snapshots")
     return parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
 
 
 class StepBatches(Dataset):
     """Item `step` is this rank's share of that step's global batch: images (b, 3, H, W) uint8 and
-    labels (b,). rows: its positions in the global batch. micro_batches: slices of the share.
+    labels (b,). rows are its positions in the global batch, and micro_batches are slices of it.
     """
 
     def __init__(self, data, args, flip, rank, world_size):
@@ -221,7 +221,7 @@ def main():
     batches = StepBatches(data, args, flip=not args.no_flip, rank=rank, world_size=world_size)
     rows = batches.rows  # this rank's rows of the global batch
 
-    # Model and EMA. The EMA is copied before compiling and wrapping: it stays an ordinary module.
+    # Model and EMA. The EMA is copied before compiling and wrapping, so it stays a plain module.
     torch.manual_seed(args.seed)  # for the initial weights; later draws have their own seeds
     model = DiTDH(
         latent_dim=latent_shape[1],
@@ -278,7 +278,7 @@ def main():
     if args.label_drop == 1:
         classes = [model.num_classes]  # unconditional model: trained on the null label only
     grid_labels = balanced_labels(classes, 8 * len(classes))
-    cfg_scale = args.cfg_scale if args.label_drop > 0 else 1.0  # without a null label, unguided
+    cfg_scale = args.cfg_scale if args.label_drop > 0 else 1.0  # CFG needs the null label
 
     last_step = min(args.stop_at or args.steps, args.steps)
     loader = DataLoader(
@@ -336,7 +336,7 @@ def main():
             skipped += 1
             skipped_in_a_row += 1
             if skipped_in_a_row == 5:
-                raise UsageError("five non-finite gradients in a row; lower --lr or use fp32")
+                raise UsageError("five non-finite gradients in a row; restart with a lower --lr")
         optimizer.zero_grad()
         images_done += args.global_batch_size
         done = step + 1  # steps completed
