@@ -23,15 +23,12 @@ wrapped = []
 class RecordingAdamW(torch.optim.AdamW):
     def __init__(self, params, **options):
         super().__init__(params, **options, eps=float(os.environ.get("EPS", 1e-8)))
-        self.first_gradients = None
+        self.params = self.param_groups[0]["params"]
+        self.grads = None
         optimizers.append(self)
 
-    def parameters(self):
-        return [p for group in self.param_groups for p in group["params"]]
-
     def step(self):
-        if self.first_gradients is None:
-            self.first_gradients = [p.grad.clone() for p in self.parameters()]
+        self.grads = self.grads or [p.grad.clone() for p in self.params]
         return super().step()
 
 
@@ -50,10 +47,11 @@ sys.argv = sys.argv[2:]
 import rae  # noqa: E402  (after the patches)
 
 rae.run_script(__import__(Path(sys.argv[0]).stem).main)
-records = []
-for optimizer in optimizers:
-    parameters = [p.detach() for p in optimizer.parameters()]
-    records.append({"grads": optimizer.first_gradients, "params": parameters})
-graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-content = {"optimizers": records, "wrapped": wrapped, "graphs": graphs}
+content = {
+    "optimizers": [
+        {"grads": o.grads, "params": [p.detach() for p in o.params]} for o in optimizers
+    ],
+    "wrapped": wrapped,
+    "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+}
 torch.save(content, folder / f"{rank}.pt")

@@ -1,10 +1,10 @@
 """dit_dh.py: the flow's closed forms, guidance, and what the model starts as."""
 
+import copy
 import math
 
 import pytest
 import torch
-from conftest import gap
 
 from dit_dh import (
     DiTDH,
@@ -17,6 +17,8 @@ from dit_dh import (
     sincos_2d,
     time_grid,
 )
+from rae import Decoder
+from tests.conftest import compiler, gap, same
 
 
 class Towards(torch.nn.Module):
@@ -45,9 +47,9 @@ def small_model(wide_head=(32, 2, 4)):
     return DiTDH(6, 4, (16, 2, 2), wide_head, num_classes=3)
 
 
-def small_model_off_zero():
+def random_model(wide_head=(32, 2, 4)):
     """The same with random weights everywhere: a new model's output is zero."""
-    model = small_model()
+    model = small_model(wide_head)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model
@@ -60,10 +62,6 @@ def flow():
     points = torch.randn(4, 5, 6, generator=g)
     noise = torch.randn(3, 5, 6, generator=g)
     return points, noise, torch.tensor([2, 0, 1])
-
-
-# ---------------------------------------------------------------------------------------------
-# Times
 
 
 def test_shift():
@@ -186,40 +184,33 @@ def test_loss_is_zero_for_the_true_velocity():
     assert loss.max() < 1e-4
 
 
-class Notes(torch.nn.Module):
-    """It keeps its last inputs, and says that nothing moves."""
-
-    def forward(self, x_t, t, y):
-        self.x_t = x_t
-        self.t = t
-        return torch.zeros_like(x_t)
-
-
-class GivesTime(torch.nn.Module):
-    """A model whose velocity is the time that it is given."""
-
-    def forward(self, x_t, t, y):
-        return t[:, None, None].expand_as(x_t)
-
-
 def test_the_loss_by_hand():
-    """Of a model that is wrong: the mean of (t' - v)^2, with t' = 3 t / (1 + 2 t) = 0.75, 0.9."""
+    """Of a model that returns its time: the mean of (t' - v)^2 with t' = 3 t / (1 + 2 t)."""
+
+    def model(x_t, t, y):
+        return t[:, None, None].expand_as(x_t)  # 0.75 and 0.9
+
     z = torch.tensor([[[1.0, -1.0]], [[0.0, 2.0]]])
     noise = torch.tensor([[[2.0, 0.0]], [[1.0, 1.0]]])  # v: 1, 1 and 1, -1
-    loss = flow_loss(GivesTime(), z, torch.tensor([0, 1]), 3.0, torch.tensor([0.5, 0.75]), noise)
+    loss = flow_loss(model, z, torch.tensor([0, 1]), 3.0, torch.tensor([0.5, 0.75]), noise)
     assert loss[0].item() == pytest.approx(0.25**2), "a given t is shifted too"
     assert loss[1].item() == pytest.approx((0.1**2 + 1.9**2) / 2)
 
 
 def test_the_loss_draws_times_and_noise():
     """A logit-normal time for each image, shifted, and normal noise; bounds of five deviations."""
-    model = Notes()
-    z = torch.zeros(4000, 2, 3)
-    loss = flow_loss(model, z, torch.zeros(4000, dtype=torch.long), 3.0)
-    logit = torch.logit(shift_time(model.t.double(), 1 / 3))
+    seen = []
+
+    def model(x_t, t, y):
+        seen.append((x_t, t))
+        return torch.zeros_like(x_t)
+
+    loss = flow_loss(model, torch.zeros(4000, 2, 3), torch.zeros(4000, dtype=torch.long), 3.0)
+    ((x_t, t),) = seen
+    logit = torch.logit(shift_time(t.double(), 1 / 3))
     assert abs(logit.mean()) < 0.08
     assert abs(logit.std() - 1) < 0.06
-    noise = model.x_t / model.t[:, None, None]
+    noise = x_t / t[:, None, None]
     assert abs(noise.mean()) < 0.04
     assert abs(noise.std() - 1) < 0.03
     assert abs(noise.pow(4).mean() - 3) < 0.4, "normal: 3; uniform numbers have 1.8"
@@ -250,7 +241,7 @@ def test_a_new_model_predicts_zero(wide_head):
 
 
 def test_every_parameter_learns():
-    model = small_model_off_zero()
+    model = random_model()
     z = torch.randn(4, 16, 6)
     flow_loss(model, z, torch.tensor([0, 1, 2, 3]), 1.0).mean().backward()
     for name, parameter in model.named_parameters():
@@ -294,7 +285,7 @@ def test_sincos_layout():
 
 
 def test_bf16_keeps_float32_where_it_matters():
-    model = small_model_off_zero()
+    model = random_model()
     inputs = (torch.randn(2, 16, 6), torch.rand(2), torch.tensor([0, 3]))
     dtypes = []
 
@@ -308,3 +299,55 @@ def test_bf16_keeps_float32_where_it_matters():
         low = model(*inputs).float()
     assert dtypes == [(torch.float32, torch.float32)] * 2
     assert 0 < gap(low, exact) < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["DiT^DH", "DiT", "decoder"])
+def test_checkpointed_activations_have_equal_gradients(kind):
+    model = random_model(None if kind == "DiT" else (32, 2, 4))
+    if kind == "decoder":
+        model = Decoder(6, 4, 2, 16, 2, 2, 24)
+    x = torch.randn(2, 16, 6)
+    t = torch.tensor([0.2, 0.7])
+    y = torch.tensor([0, 3])
+    kept = []
+    gradients = []
+    for checkpointed in (False, True):
+        model.checkpoint_activations = checkpointed
+        sizes = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            if kind == "decoder":
+                loss = model(x).square().mean()
+            else:
+                loss = flow_loss(model, x, y, 1.0, t, x.flip(0)).mean()
+        model.zero_grad()
+        loss.backward()
+        kept.append(sum(sizes))
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert same(*gradients)
+    assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=[pytest.mark.slow, compiler])]
+)
+def test_the_ema_is_isolated(compiled):
+    """As train_diffusion.py makes it: a copy, before compiling."""
+    model = random_model()
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    inputs = (torch.randn(2, 16, 6), torch.rand(2), torch.tensor([0, 3]))
+    before = ema(*inputs)
+    if compiled:
+        model.compile()
+    online = model(*inputs)
+    assert gap(online, before) < 1e-5
+    assert online.requires_grad
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    assert gap(model(*inputs), before) > 0.01
+    assert torch.equal(ema(*inputs), before)

@@ -6,8 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
+
+from tests.conftest import ROOT, run_here, small_world
 
 EXPLORE = "extras/explore.py"
 # Every flag off its default, on the files that the fixture `explore` makes.
@@ -20,14 +21,24 @@ EVERY_FLAG = [
 ]
 
 
-@pytest.fixture
-def explore(run):
-    """Run the script next to a tiny model, its samples, and a photo of another size."""
-    # A high learning rate, so that four steps teach the small model something about classes.
-    run("train_diffusion.py", "--backbone 16,1,2 --wide-head 24,1,2 --lr 0.1 --ema 0")
-    run("sample.py", "--cfg-scale 2 --out samples")
+@pytest.fixture(scope="session")
+def explored_once(tmp_path_factory):
+    """A folder with a tiny model, its samples, and a photo of another size."""
+    folder = tmp_path_factory.mktemp("explored")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        small_world(monkeypatch, folder)
+        # A high learning rate, so that four steps teach the model something about classes.
+        run_here("train_diffusion.py", "--lr 0.1 --ema 0")
+        run_here("sample.py", "--cfg-scale 2 --out samples")
     noise = np.random.default_rng(0).integers(0, 256, (40, 52, 3), dtype=np.uint8)
-    Image.fromarray(noise).save("photo.png")
+    Image.fromarray(noise).save(folder / "photo.png")
+    return folder
+
+
+@pytest.fixture
+def explore(run, explored_once, tmp_path):
+    """Run the script in a copy of that folder."""
+    shutil.copytree(explored_once, tmp_path, dirs_exist_ok=True)
     return lambda arguments: run(EXPLORE, arguments, tiny=False)
 
 

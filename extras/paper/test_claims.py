@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 from dit_dh import DiTDH
 from extras.paper.x_prediction import XPrediction
+from tests.conftest import ROOT, launch
 
 
 def run_in_copy(tmp_path, *command):
@@ -67,10 +67,8 @@ def test_the_shift_follows_the_square_root(tmp_path):
 @pytest.mark.slow
 def test_costs_are_the_papers():
     """Our models have the paper's numbers of multiply-adds, counted its way."""
-    command = [sys.executable, "extras/paper/costs.py"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     counts = {}
-    for row in printed.splitlines():
+    for row in launch("extras/paper/costs.py").splitlines():
         cells = [cell.strip() for cell in row.split("|")]
         if len(cells) > 4 and re.fullmatch(r"[\d.]+", cells[3]):
             counts[cells[1]] = float(cells[3])

