@@ -149,9 +149,9 @@ ARGPARSE_ERRORS = {
     "": "one of the arguments --like --interpolate --query --neighbors is required",
     "--like a.png --neighbors toy": "not allowed with argument --like",
     "--interpolate photo.png": "expected 2 arguments",
-    "--like photo.png --classes x": "argument --classes: invalid class_list value",
-    "--like photo.png --strength 1.1": "argument --strength: 1.1 is not between 0 and 1",
-    "--like photo.png --steps 0": "argument --steps: 0 is not between 1",
+    "--like photo.png --classes x": "argument --classes",
+    "--like photo.png --strength 1.1": "argument --strength",
+    "--like photo.png --steps 0": "argument --steps",
 }
 
 

@@ -110,7 +110,7 @@ def test_16_bits_exif_and_transparency(tmp_path):
         assert np.abs(pixels - ramp[..., None] / 257).max() <= 0.5
     for dtype in (np.float32, np.int32):
         Image.fromarray(np.full((4, 4), 100000, dtype)).save(tmp_path / "32.tif")
-        with pytest.raises(UsageError, match="32.tif' cannot be read as an image: .*32 bits"):
+        with pytest.raises(UsageError, match="32.tif' cannot be read as an image: .*32"):
             R.open_image(tmp_path / "32.tif")
     # Scanners write 12 bits into 16-bit files.
     Image.fromarray(ramp // 16).save(tmp_path / "dark.png")
