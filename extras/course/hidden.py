@@ -1,12 +1,16 @@
-"""Hidden tests: compare a student's functions with ours on other inputs.
+"""Hidden tests: what the functions of the exercises give on inputs that follow from a nonce.
 
-    python extras/course/hidden.py reference 5  # exercise 5 of the tree that this file is in
+    python extras/course/hidden.py OUT NONCE TITLE...
 
-`reference` is a folder with our own files. Both versions get the same inputs. Where a function
-draws random numbers, a student may draw them differently, so moments are compared.
+This writes the outputs of the functions in this file's tree to OUT, an array per file. The grader
+runs it on our files, and for each exercise on a copy with the submitted functions, and compares.
+Where a function draws random numbers, a student may draw them differently, so moments are compared.
 """
 
-import importlib.util
+import importlib
+import io
+import json
+import random
 import sys
 from pathlib import Path
 
@@ -14,11 +18,11 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "extras/course")]
+NONCE = 0  # the grader draws a new one every time, so nobody can know the outputs beforehand
 
 
 def normal(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * NONCE + seed))
 
 
 def small_model(m, wide_head=(24, 1, 2)):
@@ -36,7 +40,7 @@ class Images(torch.utils.data.Dataset):
         return 11
 
     def __getitem__(self, index):
-        return np.random.default_rng(index).integers(256, size=(3, 8, 8), dtype=np.uint8)
+        return np.random.default_rng([NONCE, index]).integers(256, size=(3, 8, 8), dtype=np.uint8)
 
 
 class Patches(torch.nn.Module):
@@ -54,30 +58,28 @@ def statistics(m):
     return m.latent_statistics(Patches(), Images(), 4, torch.device("cpu"))
 
 
-def moments(x):
-    """Mean, deviation and neighbors' correlation of many draws (n,)."""
-    return x.mean(), x.std(), (x[::2] * x[1::2]).mean()
-
-
-def obeys_generator(draw):
-    """1 if draw(generator) repeats itself for a generator with the same seed, else 0."""
-    first, second = (draw(torch.Generator().manual_seed(3)) for _ in range(2))
-    return torch.tensor(float(torch.equal(first, second)))
+def repeated(draw):
+    """Draws of two generators with the same seed, (2, 9)."""
+    return torch.stack([draw(torch.Generator().manual_seed(NONCE)) for _ in range(2)])
 
 
 def times(m):
-    result = []
-    for dist in ("logit-normal", "uniform"):
-        t = m.draw_time(100000, dist).double()
-        result += [*moments(t), t.max()]
-        result.append(obeys_generator(lambda g: m.draw_time(9, dist, g)))
-    return tuple(result)
+    return m.draw_time(100000), m.draw_time(100000, "uniform")
+
+
+def repeated_times(m):
+    return tuple(
+        repeated(lambda g: m.draw_time(9, dist, g)) for dist in ("logit-normal", "uniform")
+    )
 
 
 def losses(m):
-    t = torch.rand(6, generator=torch.Generator().manual_seed(5))
+    def model(x_t, t, y):
+        return (x_t @ normal(3, 10, 10)).tanh() + t[:, None, None] + y[:, None, None]
+
+    t = torch.rand(6, generator=torch.Generator().manual_seed(NONCE))
     y = torch.tensor([0, 1, 2, 3, 4, 0])
-    return (m.flow_loss(small_model(m), normal(1, 6, 9, 10), y, 1.7, t, normal(2, 6, 9, 10)),)
+    return (m.flow_loss(model, normal(1, 6, 9, 10), y, 1.7, t, normal(2, 6, 9, 10)),)
 
 
 def velocities(m):
@@ -92,10 +94,12 @@ def rotations(m):
 
 
 def shifts(m):
-    alphas = torch.tensor([m.shift_alpha(n, c) for n, c in ((64, 32), (100, 700), (1024, 1024))])
+    rng = random.Random(NONCE)
+    sizes = [(16, 16), *((rng.randint(64, 1024), rng.randint(64, 1024)) for _ in range(3))]
     t = torch.linspace(0, 1, 9)
-    grids = (m.time_grid(3, 5.0), m.time_grid(7, 1.0, 0.2), m.time_grid(2, 2.5, t_last=0.1))
-    return alphas, m.shift_time(t, 0.4), m.shift_time(t, 9.0), *grids
+    shifted = [m.shift_time(t, rng.uniform(low, high)) for low, high in ((0.2, 0.8), (2, 9))]
+    grids = [m.time_grid(steps, rng.uniform(1, 9), t_last) for steps, t_last in ((3, 0), (7, 0.2))]
+    return torch.tensor([m.shift_alpha(*size) for size in sizes]), *shifted, *grids
 
 
 def average(m):
@@ -123,7 +127,7 @@ def samples(m):
 
 
 def distances(m):
-    rng = np.random.default_rng(8)
+    rng = np.random.default_rng(NONCE)
     result = []
     for n, d in ((50, 3), (6, 30), (200, 20)):
         a = m.mean_and_covariance(rng.normal(size=(n, d)) @ rng.normal(size=(d, d)))
@@ -133,15 +137,18 @@ def distances(m):
 
 
 def noise_levels(m):
-    result = []
-    for dist in ("uniform", "half-normal"):
-        result += moments(m.draw_sigma(100000, 0.5, dist))
-        result.append(obeys_generator(lambda g: m.draw_sigma(9, 0.5, dist, g)))
-    return tuple(result)
+    tau = random.Random(NONCE).uniform(0.3, 0.8)
+    return m.draw_sigma(100000, tau), m.draw_sigma(100000, tau, "half-normal")
+
+
+def repeated_noise_levels(m):
+    return tuple(
+        repeated(lambda g: m.draw_sigma(9, 0.5, dist, g)) for dist in ("uniform", "half-normal")
+    )
 
 
 def noisy_tokens(m):
-    return (m.add_noise(normal(7, 3, 4, 2), torch.tensor([0, 0.5, 2]), normal(8, 3, 4, 2)),)
+    return (m.add_noise(normal(7, 3, 4, 2), normal(9, 3).abs(), normal(8, 3, 4, 2)),)
 
 
 def weights(m):
@@ -150,53 +157,121 @@ def weights(m):
 
 
 def theorem(m):
-    (loss,) = m.theorem_1([64], steps=60).values()
-    (wide,) = m.theorem_1([16], head=(128, 1, 4), steps=60).values()
+    rng = random.Random(NONCE)
+    steps = rng.randint(50, 70)
+    (loss,) = m.theorem_1([rng.choice([48, 64, 80])], steps=steps).values()
+    (wide,) = m.theorem_1([16], head=(128, 1, 4), steps=steps).values()
     return (torch.tensor([loss, wide]),)
 
 
-# title: [(file, what is compared, tolerance)]
+MADE = {}  # checkpoint or samples: how fake_run made them
+
+
+def fake_run(script, *words):
+    """In place of `run`: results that depend on the nonce and on all flags, without training."""
+    words = [str(word) for word in words]
+    if script == "fid.py":
+        rng = random.Random(str([MADE[words[0]], words[1:]]))
+        return f"cpu x 1, fp32\nFrechet distance {rng.random():.4f}  (30 samples)\n"
+    flags = dict(zip(words[::2], words[1::2]))
+    out = flags.pop("--out")
+    values = sorted((flag, MADE.get(word) or float(word)) for flag, word in flags.items())
+    made = str([NONCE, script, values])
+    MADE[f"{out}/checkpoint.pt"] = MADE[f"{out}.npz"] = made
+    if script == "train_decoder.py":
+        rng = random.Random(made)
+        lines = [{"psnr": rng.random(), "psnr_noisy": rng.random()} for _ in range(3)]
+        (ROOT / out).mkdir(parents=True)
+        (ROOT / out / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return ""
+
+
+def distances_of_shifts(m):
+    m.run = fake_run
+    rng = random.Random(NONCE)
+    alphas = rng.sample(range(1, 9), 2)
+    result = m.shift_sweep(alphas, steps=rng.randint(4, 99), num=rng.randint(20, 99))
+    return (torch.tensor(sorted(result.items())),)
+
+
+def psnrs_of_noise(m):
+    m.run = fake_run
+    rng = random.Random(NONCE)
+    taus = [0, rng.uniform(0.1, 0.9)]
+    flags = {"steps": rng.randint(4, 99), "num": rng.randint(20, 99)}
+    result = m.noise_sweep(taus, rng.uniform(0.1, 0.9), **flags)
+    return (torch.tensor(sorted((tau, *psnrs) for tau, psnrs in result.items())),)
+
+
+def moments(x):
+    """Mean, deviation and neighbors' correlation of many draws (n,)."""
+    return [x.mean(), x.std(), (x[::2] * x[1::2]).mean()]
+
+
+def moments_and_maximum(x):
+    return [*moments(x), x.max()]
+
+
+def repeats(x):
+    """Whether two rows of draws are equal, and how many different draws there are."""
+    return [np.array_equal(x[0], x[1]), len(np.unique(x))]
+
+
+# title: [(file, function of its module, what to compare of an output, tolerance)]
 CASES = {
-    "Latent statistics": [("train_decoder.py", statistics, 1e-4)],
-    "Schedule shift": [("dit_dh.py", shifts, 1e-4)],
-    "Time and flow loss": [("dit_dh.py", times, 0.03), ("dit_dh.py", losses, 1e-4)],
-    "Rotary positions": [("dit_dh.py", rotations, 1e-4)],
-    "DiT^DH": [("dit_dh.py", velocities, 1e-4)],
-    "Theorem 1": [("extras/course/experiments.py", theorem, 0.05)],
-    "EMA": [("rae.py", average, 1e-4)],
-    "Sampling and guidance": [("dit_dh.py", samples, 1e-4)],
-    "Frechet distance": [("fid.py", distances, 1e-4)],
-    "Sweep of the shift": [],  # the instructor looks at the figures of these two
-    "Noise and the adaptive GAN weight": [
-        ("train_decoder.py", noise_levels, 0.02),
-        ("train_decoder.py", noisy_tokens, 1e-4),
-        ("train_decoder.py", weights, 1e-4),
+    "Latent statistics": [("train_decoder", statistics, np.array, 1e-4)],
+    "Schedule shift": [("dit_dh", shifts, np.array, 1e-4)],
+    "Time and flow loss": [
+        ("dit_dh", times, moments_and_maximum, 0.03),
+        ("dit_dh", repeated_times, repeats, 0),
+        ("dit_dh", losses, np.array, 1e-4),
     ],
-    "Sweep of the noise": [],
+    "Rotary positions": [("dit_dh", rotations, np.array, 1e-4)],
+    "DiT^DH": [("dit_dh", velocities, np.array, 1e-4)],
+    "Theorem 1": [("experiments", theorem, np.array, 0.05)],
+    "EMA": [("rae", average, np.array, 1e-4)],
+    "Sampling and guidance": [("dit_dh", samples, np.array, 1e-4)],
+    "Frechet distance": [("fid", distances, np.array, 1e-4)],
+    "Sweep of the shift": [("experiments", distances_of_shifts, np.array, 1e-4)],
+    "Noise and the adaptive GAN weight": [
+        ("train_decoder", noise_levels, moments, 0.02),
+        ("train_decoder", repeated_noise_levels, repeats, 0),
+        ("train_decoder", noisy_tokens, np.array, 1e-4),
+        ("train_decoder", weights, np.array, 1e-4),
+    ],
+    "Sweep of the noise": [("experiments", psnrs_of_noise, np.array, 1e-4)],
 }
 
 
-def load(path):
-    """Import a file from its path: two folders have one of the same name."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def difference(title, folder, ours):
+    """One line if the outputs for a title in a folder differ from {file: bytes} of ours, or None.
+
+    The files may hold anything: they are parsed only if they begin like ours, with type and shape.
+    """
+    for _, case, compared, tolerance in CASES[title]:
+        for name in (name for name in ours if name.startswith(f"{case.__name__}-")):
+            our = np.load(io.BytesIO(ours[name]))
+            if not (folder / name).is_file():
+                return f"{case.__name__}: no result"
+            with open(folder / name, "rb") as file:
+                data = file.read(len(ours[name]) + 1)
+            if len(data) != len(ours[name]) or data[: -our.nbytes] != ours[name][: -our.nbytes]:
+                return f"{case.__name__}: not of the shape that our code gives"
+            their = np.load(io.BytesIO(data))
+            if not np.allclose(compared(their), compared(our), rtol=1e-3, atol=tolerance):
+                return f"{case.__name__}: not what our code gives"
+    return None
 
 
 def main():
-    from handout import EXERCISES
-
-    reference = Path(sys.argv[1])
-    title = EXERCISES[int(sys.argv[2]) - 1]["title"]
-    for file, case, tolerance in CASES[title]:
-        results = []
-        for root in (ROOT, reference):
-            torch.manual_seed(0)
-            results.append(case(load(root / file)))
-        for theirs, ours in zip(*results):
-            if not torch.allclose(theirs.double(), ours.double(), rtol=1e-3, atol=tolerance):
-                sys.exit(f"{title}: {case.__name__}: not what our code gives")
+    global NONCE
+    out, NONCE, titles = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    sys.path[:0] = [str(ROOT), str(ROOT / "extras/course")]
+    for title in titles:
+        for module, case, _, _ in CASES[title]:
+            torch.manual_seed(NONCE)
+            for i, output in enumerate(case(importlib.import_module(module))):
+                np.save(out / f"{case.__name__}-{i}.npy", output.detach().double().contiguous())
 
 
 if __name__ == "__main__":
