@@ -476,21 +476,21 @@ def kill(process):
             os.killpg(process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass  # the group has ended
+        ended = process.poll() is not None
         lists = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
-        children = [
-            pid for pid in map(int, " ".join(lists).split()) if os.getsid(pid) != os.getsid(0)
-        ]
-        if process.poll() is not None and not children:
+        children = [int(pid) for pid in " ".join(lists).split() if int(pid) != process.pid]
+        children = [pid for pid in children if os.getsid(pid) != os.getsid(0)]
+        if ended and not children:
             return True
         for pid in children:
             os.kill(pid, signal.SIGKILL)
-            if pid != process.pid:
-                os.waitpid(pid, os.WNOHANG)
+            os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
     return False
 
 
 def limit():
+    resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS, 2 * SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE, FILE_SIZE))
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
