@@ -14,6 +14,7 @@ from pathlib import Path
 import handout as kit
 import hidden
 import pytest
+import worker
 from conftest import ROOT
 from handout import EXERCISES, find, lines_of, replace, with_body, write_copy
 from hidden import CASES
@@ -202,7 +203,7 @@ def test_wrong_answers_get_no_points(tmp_path, monkeypatch, capsys):
         texts["fid.py"] += "\n)("
         texts["../evil.py"] = ""
 
-    monkeypatch.setattr(kit, "SECONDS", 30)
+    monkeypatch.setattr(worker, "SECONDS", 30)
     monkeypatch.chdir(tmp_path)
     quick = [number for number in NUMBERS if number not in (6, 10, 12)]
     kit.grade(submission(tmp_path / "a.zip", wrong), quick)
@@ -352,6 +353,7 @@ CHEATS = {
             os.mkfifo(path)
         os._exit(0)
         """,
+    "unprintable reason": "Path('../log').write_text(chr(1)); os._exit(1)",
     "endless output": """
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:

@@ -14,17 +14,12 @@ with what ours give (hidden.py). This process never imports anything of the subm
 
 import argparse
 import ast
-import ctypes
 import io
 import json
 import lzma
 import os
-import resource
 import secrets
-import signal
-import subprocess
 import sys
-import time
 import zipfile
 import zlib
 from fnmatch import fnmatch
@@ -35,6 +30,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import hidden  # noqa: E402
+from worker import protect, run_in_tree, write_files  # noqa: E402
 
 from rae import UsageError, run_script  # noqa: E402
 
@@ -42,13 +38,8 @@ COPIED = ("*.py", "requirements.txt", "pyproject.toml", "LICENSE", ".gitignore")
 COPIED += ("toy", "docs", "extras", "tests")
 # Answers, hidden tests, and tests of files that the copy lacks.
 NOT_COPIED = ("__pycache__", "*.md", "lab.*", "why_shift.*", "claims.*", "to_diffusers.py")
-NOT_COPIED += ("handout.py", "hidden.py", "mutants.py", "notebook.py", "test_handout.py")
-NOT_COPIED += ("test_claims.py", "test_diffusers.py", "test_notebook.py")
-# Limits of the tests of one exercise, and again of its hidden tests.
-SECONDS = 300
-MEMORY = 16 * 2**30  # address space of a process; importing torch takes 3 GiB of it
-FILE_SIZE = 2**30
-KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH")
+NOT_COPIED += ("handout.py", "hidden.py", "mutants.py", "worker.py", "notebook.py")
+NOT_COPIED += ("test_handout.py", "test_claims.py", "test_diffusers.py", "test_notebook.py")
 HIDDEN = "extras/course/hidden.py"
 # What ast raises for text that isn't Python, or is nested too deeply.
 NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)
@@ -322,13 +313,6 @@ def stub_out(files, numbers):
             files[file] = without_body(files[file].decode(), name, message, hint).encode()
 
 
-def write_files(files, out):
-    for name, content in files.items():
-        path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-
 def command_of(exercise):
     """The student's test command. Tests of experiments are marked slow."""
     flag = "-m slow " if "experiments" in exercise["tests"][0] else ""
@@ -460,83 +444,7 @@ def changed_elsewhere(file, text):
     return ast.dump(ast.parse(theirs)) != ast.dump(ast.parse(ours))
 
 
-def adopt_orphans():
-    """On Linux, become the parent of all processes of a submission whose own parent has ended."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-
-
-def kill(process):
-    """Kill a process with its group and our other children in sessions of their own.
-
-    Returns whether all of them are gone, within ten seconds.
-    """
-    for _ in range(1000):
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass  # the group has ended
-        ended = process.poll() is not None
-        lists = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
-        children = [int(pid) for pid in " ".join(lists).split() if int(pid) != process.pid]
-        children = [pid for pid in children if os.getsid(pid) != os.getsid(0)]
-        if ended and not children:
-            return True
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, os.WNOHANG)
-        time.sleep(0.01)
-    return False
-
-
-def limit():
-    resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS, 2 * SECONDS))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE, FILE_SIZE))
-    if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-
-
-def run_in_tree(folder, files, *command):
-    """Run a Python command in a new tree, folder/tree. Returns None, or why it failed.
-
-    Its results go to the empty folder ../out. What it prints goes to a file: a pipe would stay open
-    as long as a child has it.
-    """
-    folder = Path(folder)
-    write_files(files, folder / "tree")
-    (folder / "out").mkdir()
-    (folder / "tmp").mkdir()
-    env = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
-    # A CPU gives the same numbers everywhere. More threads make such small models slower.
-    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    with open(folder / "log", "w+b") as log:
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=folder / "tree",
-            env=env | {"TMPDIR": str(folder / "tmp")},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            preexec_fn=limit,
-        )
-        try:
-            process.wait(SECONDS)
-        except subprocess.TimeoutExpired:
-            return f"not finished after {SECONDS} s"
-        finally:
-            all_gone = kill(process)
-        log.seek(max(0, log.seek(0, os.SEEK_END) - 10000))
-        lines = log.read().decode(errors="replace").strip().splitlines()
-    if not all_gone:
-        return "left a process that cannot be killed"
-    if process.returncode == 0:
-        return None
-    failed = [line for line in lines if line.startswith("FAILED")]
-    return (failed or lines or [f"exit code {process.returncode}"])[-1]
-
-
-def not_passed(report, tests):
+def check_report(report, tests):
     """None if pytest's XML report names all tests as passed, or why not."""
     if not report.is_file() or report.stat().st_size > 10**6:
         return "no report of the tests"
@@ -544,12 +452,13 @@ def not_passed(report, tests):
         cases = list(ElementTree.parse(report).iter("testcase"))
     except (ElementTree.ParseError, LookupError, ValueError) as error:
         return f"no complete report of the tests ({error})"
-    ends = {True: set(), False: set()}
-    for case in cases:  # has a child if it failed or was skipped
-        ends[len(case) == 0].add(f"{case.get('classname')}.{case.get('name')}".split("[")[0])
+    passed, not_passed = set(), set()
+    for case in cases:
+        name = f"{case.get('classname')}.{case.get('name')}".split("[")[0]
+        (not_passed if len(case) else passed).add(name)  # a child says why it failed or was skipped
     wanted = {test.replace(".py::", ".").replace("/", ".") for test in tests}
-    left = sorted(wanted - (ends[True] - ends[False]))
-    return f"not passed: {', '.join(left)}" if left else None
+    missing = sorted(wanted - (passed - not_passed))
+    return f"not passed: {', '.join(missing)}" if missing else None
 
 
 def grade_exercise(number, texts, files, nonce, ours):
@@ -568,7 +477,7 @@ def grade_exercise(number, texts, files, nonce, ours):
     flags = ["-q", "-x", "--tb=no", "-m", "slow or not slow", "--junit-xml=../out/report.xml"]
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         why = run_in_tree(folder, files, "-m", "pytest", *flags, *exercise["tests"])
-        why = why or not_passed(Path(folder, "out/report.xml"), exercise["tests"])
+        why = why or check_report(Path(folder, "out/report.xml"), exercise["tests"])
     if why:
         return why
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -602,8 +511,9 @@ def grade(path, numbers):
 
     results = []
     for number, title in zip(numbers, titles):
-        why = one_line(grade_exercise(number, texts, files, nonce, ours) or "")
-        points = 0 if why else 10
+        why = grade_exercise(number, texts, files, nonce, ours)
+        points = 10 if why is None else 0
+        why = one_line(why or "")
         name = f"{number}. {title}"
         results.append({"name": name, "score": points, "max_score": 10, "output": why})
         print(f"{points:2d}  {name}  {why}", flush=True)
@@ -639,9 +549,7 @@ def main():
     args = p.parse_args()
     numbers = numbers_of(args)
     if args.grade:
-        adopt_orphans()
-        for name in ("HUP", "QUIT", "USR1", "USR2", "ALRM", "TERM", "TSTP"):  # not Ctrl-C
-            signal.signal(getattr(signal, f"SIG{name}"), lambda *_: None)
+        protect()
         return grade(args.grade, numbers)
     if args.out is None:
         raise UsageError("OUT: name a folder for the copy, or --grade a submission")
