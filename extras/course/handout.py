@@ -39,7 +39,13 @@ COPIED += ("toy", "docs", "extras", "tests")
 # Answers, hidden tests, and tests of files that the copy lacks.
 NOT_COPIED = ("__pycache__", "*.md", "lab.*", "why_shift.*", "claims.*", "to_diffusers.py")
 NOT_COPIED += ("handout.py", "hidden.py", "mutants.py", "worker.py", "notebook.py")
-NOT_COPIED += ("test_handout.py", "test_claims.py", "test_diffusers.py", "test_notebook.py")
+NOT_COPIED += (
+    "test_handout.py",
+    "test_claims.py",
+    "test_docs.py",
+    "test_diffusers.py",
+    "test_notebook.py",
+)
 HIDDEN = "extras/course/hidden.py"
 # What ast raises for text that isn't Python, or is nested too deeply.
 NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)
@@ -70,7 +76,7 @@ EXERCISES = [
         "minutes": 30,
         "title": "Latent statistics",
         "functions": [("train_decoder.py", "latent_statistics")],
-        "tests": ["tests/test_rae.py::test_statistics_equal_numpy"],
+        "tests": ["tests/test_train_decoder.py::test_statistics_equal_numpy"],
         "expect": "the mean and variance of every channel at every position, over all images and "
         "their mirror images, in one pass.",
         "paper": "section 3",
@@ -143,8 +149,8 @@ EXERCISES = [
         "title": "Theorem 1",
         "functions": [("extras/course/experiments.py", "theorem_1")],
         "tests": [
-            "tests/test_experiments.py::test_theorem_1_draws_uniform_times",
-            "tests/test_experiments.py::test_theorem_1",
+            "extras/course/test_experiments.py::test_theorem_1_draws_uniform_times",
+            "extras/course/test_experiments.py::test_theorem_1",
         ],
         "expect": "losses less than 0.1 above 1 - d / 128; with a head even a backbone of width 16 "
         "fits. Hand in figures/theorem_1.png.",
@@ -192,8 +198,8 @@ EXERCISES = [
         "title": "Sweep of the shift",
         "functions": [("extras/course/experiments.py", "shift_sweep")],
         "tests": [
-            "tests/test_experiments.py::test_shift_sweep_runs_what_it_should",
-            "tests/test_experiments.py::test_shift_sweep",
+            "extras/course/test_experiments.py::test_shift_sweep_runs_what_it_should",
+            "extras/course/test_experiments.py::test_shift_sweep",
         ],
         "expect": "a distance that falls and rises again. Hand in figures/shift_sweep.png.",
         "paper": "section 4.2",
@@ -208,8 +214,8 @@ EXERCISES = [
             ("train_decoder.py", "adaptive_weight"),
         ],
         "tests": [
-            "tests/test_stage1.py::test_noise_levels_and_noise",
-            "tests/test_stage1.py::test_adaptive_weight_by_hand",
+            "tests/test_train_decoder.py::test_noise_levels_and_noise",
+            "tests/test_train_decoder.py::test_adaptive_weight_by_hand",
         ],
         "expect": "with tau 0.8 sigma is 0.4 on average, 0.64 if half-normal; gradients (3, 3) and "
         "(2, 0) give a weight of 2.12, and a GAN gradient of 0 gives 10000. No gradient flows "
@@ -222,8 +228,8 @@ EXERCISES = [
         "title": "Sweep of the noise",
         "functions": [("extras/course/experiments.py", "noise_sweep")],
         "tests": [
-            "tests/test_experiments.py::test_noise_sweep_runs_what_it_should",
-            "tests/test_experiments.py::test_noise_sweep",
+            "extras/course/test_experiments.py::test_noise_sweep_runs_what_it_should",
+            "extras/course/test_experiments.py::test_noise_sweep",
         ],
         "expect": "from clean tokens, PSNR falls with tau; from noisy ones it first rises. Hand "
         "in figures/noise_sweep.png.",

@@ -15,9 +15,10 @@ import handout as kit
 import hidden
 import pytest
 import worker
-from conftest import ROOT
 from handout import EXERCISES, find, lines_of, replace, with_body, write_copy
 from hidden import CASES
+
+from tests.conftest import ROOT
 
 FUNCTIONS = []  # (file, name)
 for exercise in EXERCISES:
