@@ -97,10 +97,11 @@ def test_flips_are_half_of_the_images(tmp_path):
 
 def test_presets_have_the_papers_epochs():
     """1,281,167 images are 1,251 steps of 1,024 or 2,502 of 512, without the last, short batch."""
-    for name, epochs in (("imagenet256", 800), ("imagenet512", 400)):
+    for name, stop_at in (("imagenet256", None), ("imagenet512", 400 * 1251)):
         preset = train_diffusion.PRESETS[name]
         assert preset["global_batch_size"] == 1024
-        assert preset["steps"] == epochs * 1251
+        assert preset["steps"] == 800 * 1251
+        assert preset.get("stop_at") == stop_at
         assert preset["hold"] == 40 * 1251
         preset = train_decoder.PRESETS[name]
         assert preset["global_batch_size"] == 512
