@@ -101,6 +101,7 @@ def test_another_run_is_refused(run, photos, script):
     os.rename("photos/cat", "photos/zebra")  # would swap the labels
     assert_refused(command, r"images \w{16}, not \w{16}")
     os.rename("photos/zebra", "photos/cat")
+    os.remove("enc.pt")
     run("extras/pretrain_encoder.py", "--seed 1 --out enc.pt")
     if script == "train_diffusion.py":
         assert_refused(command, "dec/checkpoint.pt: .*encoder")

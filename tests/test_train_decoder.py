@@ -386,7 +386,7 @@ def test_noise_augmented_decoding(tmp_path):
     clean = []
     noisy = []
     for tau in (0.0, 0.8):
-        flags = f"--noise-tau {tau} --disc-weight 0 --steps 200 --eval-every 200 --eval-num 500"
+        flags = f"--noise-tau {tau} --disc-weight 0 --steps 160 --eval-every 160 --eval-num 300"
         launch(
             "train_decoder.py",
             f"{flags} --global-batch-size 32 --eval-sigma 0.8 --out {tmp_path}/{tau}",
