@@ -28,9 +28,6 @@ from fid import (
 )
 from tests.conftest import ROOT, launch, load, photographs, relative_gap, save_images
 
-# ---------------------------------------------------------------------------------------------
-# The network and its input
-
 
 def sha(lines):
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

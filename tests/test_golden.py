@@ -267,10 +267,6 @@ def test_diffaug_is_the_released_one(golden):
     assert relative_gap(2 * diffaug(images, g["diffaug_u"]) - 1, g["diffaug_out"]) <= 1e-5
 
 
-# ---------------------------------------------------------------------------------------------
-# Files in the released names
-
-
 @pytest.mark.parametrize("name", ["dit_dh", "dit"])
 @pytest.mark.parametrize("key", ["pos_embed", "t_embedder.W"])
 def test_positions_and_frequencies_are_loaded_not_recomputed(golden, name, key):

@@ -168,10 +168,6 @@ def test_a_folder_is_known_by_its_names(tmp_path):
     assert len({first, renamed, grown}) == 3
 
 
-# ---------------------------------------------------------------------------------------------
-# The toy world
-
-
 def test_toy_images():
     images, labels = world.toy_images(40, seed=0)
     again, _ = world.toy_images(20, seed=0)
