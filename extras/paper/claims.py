@@ -19,7 +19,7 @@ their reconstructions 0.14 / 0.20; below the latter, lower need not be better. P
 means +- standard deviations over the seeds.
 
 We fixed the criterion before the runs. The default's shape, learning rate and alpha, and so the
-cells next to it, were chosen after trials with seed 0, which is one of the five (docs/toy.md); we
+cells next to it, were chosen after trials with seed 0, one of the five (docs/results.md); we
 tried other learning rates for one plain DiT only. Runs with the same seed see the same images and
 noise and are sampled from the same noise, so each seed gives one difference between two cells. For
 "A is better than B" we compute a 95% interval of the mean of A - B (Student's t) for each of the

@@ -1,5 +1,6 @@
-"""extras/paper: two experiments of claims.py, the law of why_shift.py, the counts of costs.py."""
+"""extras/paper: the numbers of docs/results.md, claims.py, why_shift.py and costs.py."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from dit_dh import DiTDH
+from extras.paper.claims import verdict
 from extras.paper.x_prediction import XPrediction
 from tests.conftest import ROOT, launch
 
@@ -37,6 +39,37 @@ def test_x_prediction_returns_the_velocity():
     v = model(x_t, t, torch.tensor([0, 1, 2]))
     torch.testing.assert_close(v, share * (eps - z), rtol=0, atol=1e-5)
     assert model.state_dict().keys() == DiTDH(**sizes).state_dict().keys()
+
+
+def test_results_page_equals_claims_json():
+    """Each cell and verdict of docs/results.md. The page leaves out some cells and high shares."""
+    saved = json.loads((ROOT / "docs/claims.json").read_text())["rows"]
+    lines = (ROOT / "docs/results.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    verdicts = ("yes", "in part", "mixed", "no", "not shown")
+    table = [row for row in table if len(row) == 4 and row[3] in verdicts]
+    assert [row[0] for row in table] == [row["claim"] for row in saved]
+    for (claim, _, here, shown), row in zip(table, saved):
+        assert shown == row["shown"], claim
+        for cell in re.sub(r"[][*]", "", here).split("; "):
+            name, text = cell.split(": ")
+            numbers = [float(number) for number in re.findall(r"[\d.]+", text)]
+            in_file = row["cells"][name]
+            if len(in_file) == 3 and in_file[2] >= 0.98:
+                in_file = in_file[:2]
+            assert numbers == in_file, (claim, name)
+
+
+def test_verdicts_follow_from_the_intervals():
+    """Except in rows with a criterion of their own."""
+    for row in json.loads((ROOT / "docs/claims.json").read_text())["rows"]:
+        if "criterion" in row:
+            continue
+        comparisons = []
+        for intervals in row["differences"].values():
+            signs = [(center - half > 0) - (center + half < 0) for center, half in intervals]
+            comparisons.append((signs, ""))
+        assert verdict(*comparisons) == row["shown"], row["claim"]
 
 
 @pytest.mark.slow
