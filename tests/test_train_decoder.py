@@ -11,8 +11,18 @@ from PIL import Image
 
 import rae as R
 import train_decoder as T
-from tests.conftest import first_gradients, gap, launch, log_of, save_images
+from sample import to_uint8
+from tests.conftest import (
+    first_gradients,
+    gap,
+    launch,
+    load,
+    log_of,
+    relative_distance,
+    save_images,
+)
 from toy import world
+from train_diffusion import StepBatches
 
 
 @pytest.mark.parametrize("batch_size, num", [(7, 29), (4, 33), (100, 30)])
@@ -242,6 +252,48 @@ def test_the_gan_joins_in_the_last_layers_proportion(run, monkeypatch):
     both = seen[1][-2]
     assert (both - plain).norm() / plain.norm() == pytest.approx(0.3, rel=1e-4)
     assert T.adaptive_weight(plain, both - plain) == pytest.approx(1 / 0.3, rel=1e-4)
+
+
+def test_the_first_step_by_hand(run, monkeypatch):
+    """The gradients of both networks with all losses on, and the EMA."""
+    gradients = first_gradients(monkeypatch)
+    flags = "--steps 1 --global-batch-size 8 --eval-num 20 --starts 0 0 0 --noise-tau 0.5"
+    run("train_decoder.py", flags, tiny=False)
+    checkpoint = load("out/decoder/checkpoint.pt")
+
+    encoder = R.load_encoder("toy", 32)
+    args = SimpleNamespace(seed=0, global_batch_size=8, micro_batch_size=None)
+    images = StepBatches(R.open_data("toy", 32), args, False, 0, 1)[0][0].float() / 255
+    torch.manual_seed(0)
+    decoder = R.Decoder(128, 4, 8, *R.DECODERS["toy"])
+    features = T.ViTFeatures(encoder)
+    discriminator = T.Discriminator(features.width, features.num_layers).eval()
+    generator = R.seeded_generator("step", 0, 0)
+    sigma = T.draw_sigma(8, 0.5, "uniform", generator)
+    u_decoder, u_real, u_fake = torch.rand(8, 3, 5, generator=generator).unbind(1)
+    z = encoder(images)
+    eps = R.seeded_noise([("noise", 0, 0, row) for row in range(8)], z.shape[1:], "cpu")
+
+    fake = encoder.denormalize(decoder(T.add_noise(z, sigma, eps)))
+    rec_loss = (fake - images).abs().mean() + T.PerceptualLoss(features)(fake, images).mean()
+    g_loss = -discriminator(features(T.diffaug(fake, u_decoder))).mean()
+    last = decoder.decoder_pred.weight
+    grads = [torch.autograd.grad(x, last, retain_graph=True)[0] for x in (rec_loss, g_loss)]
+    (rec_loss + 0.1 * T.adaptive_weight(*grads) * g_loss).backward()
+    assert relative_distance(gradients[0], [p.grad for p in decoder.parameters()]) < 1e-5
+    for name, weight in decoder.state_dict().items():
+        want = torch.lerp(weight, checkpoint["model"][name], 0.9)
+        assert torch.allclose(checkpoint["ema"][name], want, atol=1e-6), name
+
+    decoder.load_state_dict(checkpoint["model"])  # the discriminator sees the updated decoder
+    with torch.no_grad():
+        fake = to_uint8(encoder.denormalize(decoder(z))) / 255
+    discriminator.zero_grad()
+    discriminator.train()
+    logits_fake = discriminator(features(T.diffaug(fake, u_fake)))
+    logits_real = discriminator(features(T.diffaug(images, u_real)))
+    T.hinge_d_loss(logits_real, logits_fake).backward()
+    assert relative_distance(gradients[1], [p.grad for p in discriminator.parameters()]) < 1e-5
 
 
 @pytest.mark.parametrize(
