@@ -67,6 +67,8 @@ def test_runs_are_deterministic_and_resume_is_exact(run, snapshots, script):
     run(script, "--out a")
     assert files_of("a") == before
 
+    checkpoint = load("a/checkpoint.pt")
+    assert not same(checkpoint["model"], checkpoint["ema"])
     run(script, "--out c --seed 1")
     assert not same(load("a/checkpoint.pt")["model"], load("c/checkpoint.pt")["model"])
 

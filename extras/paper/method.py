@@ -1,104 +1,120 @@
-"""Draw method.png: one toy image on its way through encoder, noise, DiT^DH and decoder.
+"""Draw method.png: train the decoder, train the diffusion model, sample.
 
     pip install matplotlib
     python train_diffusion.py && python extras/paper/method.py       # -> out/method.png
 
-All images and latents are computed by the toy RAE and the default run.
+The toy RAE and the default run compute all images and latents. A latent is shown as three principal
+components of its tokens, in red, green and blue, and every latent gets the same contrast.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from matplotlib import pyplot
-from matplotlib.patches import FancyBboxPatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from dit_dh import sample, time_grid  # noqa: E402
 from rae import load_rae, seeded_noise  # noqa: E402
 from sample import load_model  # noqa: E402
 from toy.world import ToyShapes  # noqa: E402
 
-STAR = 4
-T = 0.7
-BLUE = "#dbe7f5"  # frozen
-ORANGE = "#fbe3cf"  # trained
+FROZEN, TRAINED, GRAY = "#bcd6f2", "#f9c58d", "dimgray"
+ARROW = dict(arrowstyle="->", color=GRAY, lw=1.5, shrinkA=0, shrinkB=0)
 
 
-def picture(axes, content, left, bottom, size, title):
-    """Show an image (H, W, 3) or a latent (N, C) as an inset."""
-    inset = axes.inset_axes((left, bottom, *size), transform=axes.transData)
-    if content.ndim == 3:
-        inset.imshow(content.clamp(0, 1), interpolation="nearest")
+def arrow(*points):
+    axes.plot(*zip(*points), color=GRAY, lw=1.5, zorder=1)  # under the boxes drawn after it
+    axes.annotate("", points[-1], points[-2], arrowprops=ARROW, zorder=1)
+
+
+def box(x, y, width, height, color, text=""):
+    """A box at left x and center y."""
+    axes.bar(x, height, width, y - height / 2, fc=color, ec=GRAY, align="edge")
+    write(x + width / 2, y, text)
+
+
+def picture(x, y, content, title, title_y=6):
+    """An image (1, 3, H, W) or a latent (1, N, C), at left x and center y."""
+    if content.ndim == 4:
+        content = content[0].permute(1, 2, 0)  # (H, W, 3)
     else:
-        inset.imshow(content, aspect="auto", cmap="RdBu", vmin=-3, vmax=3, interpolation="nearest")
-    inset.set_xticks([])
-    inset.set_yticks([])
-    inset.set_title(title, fontsize=8)
+        content = (content[0] @ directions).unflatten(0, (4, 4))  # (4, 4, 3)
+        content = 0.5 + 0.25 * content / content.square().mean().sqrt()
+    axes.imshow(content.clamp(0, 1), extent=(x, x + 9, y - 4.5, y + 4.5), aspect="auto")
+    write(x + 4.5, y + title_y, title)
 
 
-def box(axes, left, bottom, size, text, color):
-    patch = FancyBboxPatch((left, bottom), *size, boxstyle="round,pad=0.05", fc=color, ec="gray")
-    axes.add_patch(patch)
-    center = (left + size[0] / 2, bottom + size[1] / 2)
-    axes.text(*center, text, ha="center", va="center", fontsize=8)
+def dit_dh(x, y, color):
+    """Eight narrow blocks and a wide one, which also sees their input."""
+    box(x, y, 25, 14, "white")
+    arrow((x - 5, y), (x + 20.8, y))
+    arrow((x + 2, y), (x + 2, y - 5), (x + 20.8, y - 5))
+    for i in range(8):
+        box(x + 4 + 1.3 * i, y, 0.9, 6, color)
+    box(x + 21, y, 2, 12, color)
+    arrow((x + 9, y + 9), (x + 9, y + 7))
+    write(x + 9, y + 10, "t, label y")
+    write(x + 22, y + 8.6, r"DiT$^{\mathrm{DH}}$")
 
 
-def arrow(axes, start, end):
-    axes.annotate("", end, start, arrowprops=dict(arrowstyle="->", color="gray"))
+torch.set_grad_enabled(False)
+rae = load_rae("toy")
+model, settings, _ = load_model("out/diffusion/checkpoint.pt")
+images = torch.from_numpy(ToyShapes("val").images[:500]).float() / 255  # (500, 3, 32, 32)
+latents = rae.encode(images)  # (500, N, C)
+directions = torch.linalg.svd(latents.flatten(0, 1), full_matrices=False).Vh[:3].T  # (C, 3)
+image, z, heart = images[6:7], latents[6:7], torch.tensor([6])  # a heart
+eps = seeded_noise([("method", 0)], z.shape[1:], z.device)  # (1, N, C)
+noisy = z + 0.5 * eps / rae.latent_std  # tokens + 0.5 eps, normalized
+x_t = 0.2 * z + 0.8 * eps  # t = 0.8
+start = seeded_noise([("sample", 0, 26)], z.shape[1:], z.device)  # image 26 of sample.py
+new = sample(model, start, heart, time_grid(50, settings["alpha"]), cfg_scale=1.5)
 
+pyplot.rcParams["font.size"] = 13
+pyplot.figure(figsize=(10, 8))
+axes = pyplot.axes((0, 0, 1, 1), xlim=(0, 100), ylim=(0, 80), frame_on=False)
+axes.hlines((25.7, 59.3), 2, 98, color="lightgray", lw=1)
+write = partial(axes.text, ha="center", va="center")
+for x, text, color in ((69, "frozen", FROZEN), (86, "trained", TRAINED)):
+    box(x, 78, 3, 2, color)
+    axes.text(x + 4, 77.3, text)
+for y, title in ((68.5, "tokens"), (46.5, "latent z")):
+    picture(2, y, image, "image")
+    arrow((11, y), (27, y))
+    box(14, y, 10, 7, FROZEN, "encoder")
+    picture(27, y, z, title)
+for y, latent, color in ((68.5, noisy, TRAINED), (12, new, FROZEN)):
+    picture(51, y, latent, "noisy tokens" if latent is noisy else "latent, t = 0")
+    arrow((60, y), (88, y))
+    box(67, y, 10, 7, color, "decoder")
+    picture(88, y, rae.decode(latent), "reconstruction" if latent is noisy else "new image")
 
-@torch.no_grad()
-def main():
-    rae = load_rae("toy")
-    model, _, _ = load_model("out/diffusion/checkpoint.pt")
-    toy = ToyShapes("val")
-    index = toy.labels.tolist().index(STAR)
-    image = torch.from_numpy(toy.images[index])[None].float() / 255  # (1, 3, 32, 32)
-    z = rae.encode(image)  # (1, N, C)
-    eps = seeded_noise([("method", 0)], z.shape[1:], z.device)  # (1, N, C)
-    x_t = (1 - T) * z + T * eps  # (1, N, C)
-    v = model(x_t, torch.tensor([T]), torch.tensor([STAR]))  # (1, N, C)
-    guess = x_t - T * v  # (1, N, C), where the velocity points to
-    decoded = rae.decode(guess)  # (1, 3, 32, 32)
+axes.text(2, 77.3, "1. Train the decoder", weight="bold")
+arrow((36, 68.5), (51, 68.5))
+write(43, 70, "+ noise")
+arrow((48, 61.5), (6.5, 61.5), (6.5, 64))
+arrow((48, 61.5), (92.5, 61.5), (92.5, 64))
+write(48, 61.5, "loss: L1 + LPIPS + GAN", backgroundcolor="white")
 
-    figure, axes = pyplot.subplots(figsize=(11, 3.6))
-    axes.set_xlim(0, 22.2)
-    axes.set_ylim(0, 7.2)
-    axes.axis("off")
-    n, c = z.shape[1:]
-    shape = f"{n} x {c}"
-    picture(axes, image[0].permute(1, 2, 0), 0.1, 3.9, (2, 2), "image, 32 x 32")
-    box(axes, 2.7, 4.3, (1.9, 1.2), "encoder\n(frozen ViT)", BLUE)
-    picture(axes, z[0], 5.2, 3.9, (2.6, 2), f"z: {shape}")
-    picture(axes, eps[0], 5.2, 0.6, (2.6, 2), f"eps: {shape}")
-    picture(axes, x_t[0], 8.8, 2.3, (2.6, 2), f"x_t = (1 - t) z + t eps\nat t = {T} (shifted)")
-    backbone = "backbone\n8 blocks x 64\ndeep, narrow"
-    head = "head\n1 block x 128\nshallow, as wide\nas a token"
-    box(axes, 12, 4.2, (2.4, 1.6), backbone, ORANGE)
-    box(axes, 12, 0.9, (2.4, 2), head, ORANGE)
-    axes.text(13.2, 6.3, "t, label y", ha="center", fontsize=8)
-    picture(axes, v[0], 15, 0.9, (2.6, 2), "velocity v, about eps - z")
-    picture(axes, guess[0], 15, 3.9, (2.6, 2), "x_t - t v, a guess at z")
-    box(axes, 17.95, 4.2, (1.75, 1.4), "decoder\n(ViT, trained\nwith noise)", ORANGE)
-    picture(axes, decoded[0].permute(1, 2, 0), 20.1, 3.9, (2, 2), "image")
-    for start, end in (
-        ((2.1, 4.9), (2.65, 4.9)),
-        ((4.65, 4.9), (5.2, 4.9)),
-        ((7.8, 4.9), (8.75, 3.9)),
-        ((7.8, 1.6), (8.75, 2.7)),
-        ((11.4, 3.8), (11.95, 4.6)),
-        ((11.4, 2.8), (11.95, 2.2)),
-        ((13.2, 6.2), (13.2, 5.9)),
-        ((13.2, 4.1), (13.2, 3)),
-        ((14.5, 1.9), (15, 1.9)),
-        ((16.3, 3.4), (16.3, 3.85)),
-        ((17.6, 4.9), (17.9, 4.9)),
-        ((19.75, 4.9), (20.1, 4.9)),
-    ):
-        arrow(axes, start, end)
-    figure.savefig("out/method.png", dpi=110, bbox_inches="tight")
-    print("wrote out/method.png")
+axes.text(2, 56.3, "2. Train the diffusion model", weight="bold")
+picture(27, 34.5, eps, "noise eps", title_y=-6.2)
+arrow((36, 46.5), (43, 42.5))
+arrow((36, 34.5), (43, 38.5))
+picture(43, 40.5, x_t, "x_t =\n(1 - t) z + t eps", title_y=7)
+dit_dh(57, 40.5, TRAINED)
+write(65, 30.5, "backbone:\ndeep, narrow")
+write(80, 30.5, "head:\nshallow, wide")
+arrow((82, 43), (88, 46))
+picture(88, 46.5, model(x_t, torch.tensor([0.8]), heart), "velocity v")
+picture(88, 34.5, eps - z, "eps - z", title_y=-6.2)
+write(91.3, 40.5, "loss ↕")
 
-
-if __name__ == "__main__":
-    main()
+axes.text(2, 22.3, "3. Sample", weight="bold")
+picture(2, 12, start, "noise, t = 1")
+arrow((11, 12), (51, 12))
+dit_dh(20, 12, FROZEN)
+arrow((48, 12), (48, 2), (15, 2), (15, 12))
+write(31.5, 2, "50 small steps: x ← x - v dt", backgroundcolor="white")
+pyplot.savefig("out/method.png", dpi=180)

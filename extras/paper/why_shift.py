@@ -40,8 +40,8 @@ def latents():
     return x[:, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))]
 
 
-def share_identified(z, t):
-    """The share of z (B, n), normalized, that can be identified from their x_t."""
+def fraction_identified(z, t):
+    """The fraction of z (B, n), normalized, that can be identified from their x_t."""
     g = torch.Generator().manual_seed(0)
     x_t = (1 - t) * z + t * torch.randn(z.shape, generator=g)  # (B, n)
     # The most likely z_i is the nearest: p(z_i | x_t) ~ exp(-|x_t - (1 - t) z_i|^2 / (2 t^2)).
@@ -52,27 +52,33 @@ def share_identified(z, t):
 
 latent_subsets = [latents()[:, :n] for n in (64, 256, 1024, 4096)]
 images = [pixels(side).flatten(1) for side in (8, 16, 32, 64)]
-figure, grid = pyplot.subplots(2, 2, figsize=(9, 6), sharey=True, layout="constrained")
+pyplot.rcParams["font.size"] = 12
+figure, grid = pyplot.subplots(2, 2, figsize=(9, 7), sharex=True, sharey=True, layout="constrained")
 for name, sizes, (upper, lower) in zip(("latent", "image"), (latent_subsets, images), grid.T):
     constants = []
-    for x in sizes:
+    for x, color in zip(sizes, pyplot.cm.viridis(np.linspace(0, 0.9, 4))):
         z = (x - x.mean(0)) / (x.var(0) + 1e-5).sqrt()
         n = z.shape[1]
         ratios = np.exp(LOG_RATIOS) * np.sqrt(n)  # noise to data
         times = ratios / (1 + ratios)
-        shares = np.array([share_identified(z, t) for t in times.tolist()])
-        half = np.interp(-0.5, -shares, times)  # the t at which half of the images are identified
+        fractions = np.array([fraction_identified(z, t) for t in times.tolist()])
+        half = np.interp(-0.5, -fractions, times)  # the t at which half of them are identified
         constants.append(half / (1 - half) / np.sqrt(n))
         print(f"{name}, n = {n}: t = {half:.3f}, t / (1 - t) / sqrt(n) = {constants[-1]:.3f}")
-        upper.plot(times, shares, label=f"{n}")
+        upper.plot(times, fractions, color=color, label=f"n = {n:,}")
         ratios = ratios / np.sqrt(n / sizes[0].shape[1])  # undo the shift
-        lower.plot(ratios / (1 + ratios), shares)
+        lower.plot(ratios / (1 + ratios), fractions, color=color, label=f"n = {n:,}")
     off = max(abs(constants / np.mean(constants) - 1))
     print(f"{name}: the law's constant is {np.mean(constants):.3f}, each within {off:.1%} of it")
-    upper.set(title=f"{name}s of n numbers", xlabel="t", ylabel="share identified")
-    upper.legend()
-    lower.set(
-        xlabel=f"t before a shift by sqrt(n / {sizes[0].shape[1]})", ylabel="share identified"
-    )
+    column = {"latent": "latents", "image": "pixels"}[name]
+    upper.set(title=f"{column}, as is", xlabel="t")
+    base = sizes[0].shape[1]
+    lower.set(title=f"{column}, after the shift", xlabel=f"t before the shift by sqrt(n / {base})")
+for ax in grid.flat:
+    ax.axhline(0.5, color="gray", linestyle="--", linewidth=1)
+    ax.legend(loc="lower left")
+    ax.tick_params(labelbottom=True)
+for ax in grid[:, 0]:
+    ax.set_ylabel("fraction identified")
 Path("out").mkdir(exist_ok=True)
-figure.savefig("out/why_shift.png", dpi=100)
+figure.savefig("out/why_shift.png", dpi=150)
