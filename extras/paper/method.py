@@ -96,7 +96,7 @@ arrow((36, 68.5), (51, 68.5))
 write(43, 70, "+ noise")
 arrow((48, 61.5), (6.5, 61.5), (6.5, 64))
 arrow((48, 61.5), (92.5, 61.5), (92.5, 64))
-write(48, 61.5, "loss: L1 + LPIPS + GAN", backgroundcolor="white")
+write(48, 61.5, "loss: L1 + perceptual + GAN", backgroundcolor="white")
 
 axes.text(2, 56.3, "2. Train the diffusion model", weight="bold")
 picture(27, 34.5, eps, "noise eps", title_y=-6.2)
