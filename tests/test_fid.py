@@ -147,13 +147,6 @@ def test_precision_recall_by_definition(mean):
     assert got == pytest.approx((precision, recall))
 
 
-def test_precision_recall_of_tiny_sets():
-    """Fewer than three neighbors: a ball reaches to the farthest image of its set."""
-    a = torch.tensor([[0.0], [1.0]])
-    b = torch.tensor([[-0.9], [5.0]])
-    assert precision_recall(a, b) == (1, 0.5)
-
-
 class Pixels:
     """Features that are pixels: 20 for FID, 5 for sFID."""
 

@@ -161,16 +161,6 @@ def test_toy_images():
     assert len({image.tobytes() for image in images}) == 40
 
 
-@pytest.mark.parametrize("name", world.SHAPES)
-def test_toy_shapes_are_their_own_mirror_image(name):
-    y, x = np.mgrid[-1.2:1.2:25j, -1.2:1.2:25j]
-    d = world.SHAPES[name](x, y)
-    assert np.allclose(d, d[:, ::-1], atol=1e-6)
-    assert 0.08 < (d < 0).mean() < 0.6
-    slope = np.hypot(*np.gradient(d, 0.1))  # d is about a distance, so edges are one pixel wide
-    assert np.median(slope) < 1.1 and slope.max() < 1.5
-
-
 def test_the_toy_world_offers_what_a_folder_does(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "TOY", {"train": (30, 0), "val": (20, 1)})
     save_images(tmp_path, 2)

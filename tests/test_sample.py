@@ -42,9 +42,18 @@ def test_grid(tmp_path):
     assert (pixels[36:, 18:] == 255).all()
 
 
-def test_samples_do_not_depend_on_the_batch(trained):
+def test_samples_do_not_depend_on_the_batch(trained, monkeypatch):
+    labels = []
+    sample = dit_dh.sample
+
+    def record(model, noise, y, *args, **kw):
+        labels.extend(y.tolist())
+        return sample(model, noise, y, *args, **kw)
+
+    monkeypatch.setattr(dit_dh, "sample", record)
     trained("sample.py", "--out a --batch-size 20")
     trained("sample.py", "--out b --batch-size 3")
+    assert labels == [*range(10)] * 4
     a = np.load("a.npz")["arr_0"].astype(int)
     b = np.load("b.npz")["arr_0"].astype(int)
     assert a.shape == (20, 32, 32, 3)

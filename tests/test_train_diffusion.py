@@ -13,6 +13,7 @@ import yaml
 from bench import HostReads
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dit_dh
 import rae as R
 import train_decoder
 import train_diffusion
@@ -24,8 +25,10 @@ from tests.conftest import (
     begin,
     compiler,
     files_of,
+    first_gradients,
     load,
     log_of,
+    relative_distance,
     same,
     save_images,
 )
@@ -107,6 +110,35 @@ def test_presets_have_the_papers_epochs():
         assert preset["global_batch_size"] == 512
         assert preset["steps"] == 16 * 2502
         assert preset["warmup"] == 2502
+
+
+def test_learning_rate():
+    args = SimpleNamespace(lr=1.0, lr_end=0.1, hold=10, steps=20)
+    rates = [train_diffusion.learning_rate(step, args) for step in (0, 10, 15, 20)]
+    assert rates == pytest.approx([1, 1, 0.55, 0.1])
+
+
+def test_the_first_step_by_hand(run, monkeypatch):
+    """The clipped gradient of a model with nonzero weights, with a third of the labels dropped."""
+    model = dit_dh.DiTDH(128, 4, (16, 1, 2), (24, 1, 2), num_classes=10)
+    for p in model.parameters():
+        p.data = 0.3 * torch.randn_like(p)
+    torch.save({"ema": model.state_dict(), "config": model.config}, "init.pt")
+    gradients = first_gradients(monkeypatch)
+    flags = "--init init.pt --steps 1 --global-batch-size 8 --label-drop 0.3 --clip 0.01"
+    run("train_diffusion.py", f"{flags} {SMALL_MODEL}", tiny=False)
+
+    args = SimpleNamespace(seed=0, global_batch_size=8, micro_batch_size=None)
+    images, labels = StepBatches(R.open_data("toy", 32), args, True, 0, 1)[0]
+    z = R.load_rae("toy").encode(images / 255)
+    generator = R.seeded_generator("step", 0, 0)
+    t = dit_dh.draw_time(8, "logit-normal", generator)
+    y = torch.where(torch.rand(8, generator=generator) < 0.3, 10, labels)
+    assert 0 < (y == 10).sum() < 8
+    eps = R.seeded_noise([("noise", 0, 0, row) for row in range(8)], z.shape[1:], "cpu")
+    dit_dh.flow_loss(model, z, y, 4.0, t, eps).mean().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    assert relative_distance(gradients[0], [p.grad for p in model.parameters()]) < 1e-5
 
 
 def test_stop_at_and_kept_weights(run):
