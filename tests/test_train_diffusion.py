@@ -325,5 +325,6 @@ def test_mps_has_every_operator(run):
         kernels = ",".join(entry.get("dispatch", {"Composite": 0}))
         if "MPS" not in kernels and "Composite" not in kernels:
             missing.append(name)
-    # MPS has another kernel for attention.
-    assert all("flash_attention_for_cpu" in name for name in missing), missing
+    # MPS has another kernel for attention; positions are resized before the encoder is moved.
+    known = ("flash_attention_for_cpu", "upsample_bicubic2d_aa")
+    assert not [name for name in missing if not any(k in name for k in known)]
