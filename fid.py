@@ -5,8 +5,8 @@
     python fid.py imagenet/val --crop 256 --save val256.npz       # save statistics for later
     torchrun --standalone --nproc_per_node=8 fid.py samples val256.npz
 
-The first command needs no download: it prints a Frechet distance in the toy encoder's features,
-which is not FID.
+The first command needs no download, but its score is not FID: it is a Frechet distance in the toy
+encoder's features.
 
 Samples and reference are each a folder of images or an .npz with images (arr_0, uint8,
 (N, H, W, 3)), statistics (mu and sigma; mu_s and sigma_s for sFID) or both, as in ADM's reference
@@ -139,7 +139,7 @@ def preprocess(images, mode):
 
 
 def download_weights(url, file_name, flag):
-    """Download weights once. file_name contains the start of their sha256, which is checked."""
+    """Download weights, or reuse the cached copy. file_name ends in the start of their sha256."""
     try:
         return torch.hub.load_state_dict_from_url(
             url, file_name=file_name, check_hash=True, map_location="cpu", weights_only=True
@@ -240,7 +240,7 @@ def extract_features(images, features, crop, batch_size, device):
         for output, x in zip(outputs, features(pixels)):
             output[batch.start : batch.stop] = x.cpu()
 
-    # A row is zero on all ranks but one.
+    # Each row was filled by one rank and is zero on the others, so a sum collects them.
     if dist.is_initialized():
         for i, output in enumerate(outputs):
             output = output.to(device)
@@ -263,8 +263,8 @@ def saved_statistics(source, arrays, features):
 
 
 def compute_statistics(images, metrics, features, args, device):
-    """Compute what the metrics need (see METRICS), with the number n of images, the size of the
-    first one, and the label of the features. Ranks other than 0 get only n, size and label.
+    """Compute what the metrics need (see METRICS), plus the number n of images, the size of the
+    first one and the label of the features. Ranks other than 0 get only n, size and label.
     """
     height, width = read_image(images[0], args.crop).shape[1:]
     outputs = extract_features(images, features, args.crop, args.batch_size, device)
@@ -343,7 +343,7 @@ def knn_radii(features, k=3):
     """Distance (n,) from each row of features (n, D) to its k-th nearest neighbor."""
     radii = []
     for rows in features.split(500):
-        # The nearest one is the image itself.
+        # k + 1, because each image is its own nearest neighbor.
         nearest = torch.cdist(rows, features).topk(min(k + 1, len(features)), largest=False)
         radii.append(nearest.values[:, -1])
     return torch.cat(radii)
@@ -370,7 +370,7 @@ def precision_recall(samples, references):
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio in dB (B,) of images (B, 3, H, W) in [0, 1] (reconstructions)."""
+    """Peak signal-to-noise ratio in dB (B,) of images (B, 3, H, W) in [0, 1], for stage 1."""
     error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))  # (B,)
     return -10 * error.clamp(min=1e-10).log10()  # 100 dB for equal images
 
@@ -387,7 +387,7 @@ def get_args():
     )
     p.add_argument("samples", nargs="?", default="out/samples.npz", help="folder or .npz")
     p.add_argument("reference", nargs="?", default="toy", help="folder, .npz or toy")
-    p.add_argument("--num", type=positive_int, help="only the first images (saved statistics stay)")
+    p.add_argument("--num", type=positive_int, help="use only the first images of each side")
     p.add_argument("--crop", type=positive_int, help="center-crop images to this size")
     p.add_argument("--save", help="write the statistics of SAMPLES to this .npz and stop")
     p.add_argument("--metrics", default="fid", help="comma-separated, of fid,sfid,is,pr")
@@ -404,7 +404,7 @@ def main():
     args.precision = "fp32"  # and no TF32, so that features depend less on the GPU
     rank, _, device, _ = rae.setup_distributed(args)
 
-    # Features: Inception, but for a distance to the toy its own encoder, which needs no download.
+    # Inception features, except for a distance to the toy: its own encoder needs no download.
     metrics = args.metrics.split(",")
     if not METRICS.keys() >= set(metrics):
         raise UsageError(f"--metrics {args.metrics}: choose from {','.join(METRICS)}")
@@ -427,8 +427,9 @@ def main():
             n = samples["n"]
             rae.print0(f"wrote {args.save}: {n} images, {samples['size']}, {features.label}")
         return
-    compared = [metric for metric in metrics if metric != "is"]  # IS needs no reference
-    reference = load_statistics(args.reference, compared, features, args, device)
+    reference = {}
+    if compared := [metric for metric in metrics if metric != "is"]:  # IS needs no reference
+        reference = load_statistics(args.reference, compared, features, args, device)
     if rank > 0:
         return
     for name in ("label", "size"):

@@ -46,8 +46,8 @@ class UsageError(Exception):
 # ---------------------------------------------------------------------------------------------
 # Encoder
 
-# name: (timm model, antialias, timm options). timm and the official code differ in two ways:
-# antialiasing when resizing positions, and exact or tanh GELU. We follow the official code.
+# name: (timm model, antialias, timm options). The official code differs from timm in whether
+# positions are resized with antialiasing, and in exact or tanh GELU. We follow the official code.
 ENCODERS = {
     "dinov2-s": ("vit_small_patch14_reg4_dinov2.lvd142m", True, {}),
     "dinov2-b": ("vit_base_patch14_reg4_dinov2.lvd142m", True, {}),
@@ -255,8 +255,8 @@ RELEASED_DECODERS = {  # name: encoder, folder, decoder, statistics
     "siglip2-b": ("siglip2-b", "siglip2/base_p16_i256", "ViTXL_n08", "ImageNet1k"),
     "mae-b": ("mae-b", "mae/base_p16", "ViTXL_n08", "ImageNet1k"),
 }
-# (our name, official name). The official decoder has Hugging Face's ViT names. fc2's must come last
-# because it is also the end of proj's. extras/to_official.py renames the other way.
+# (our name, official name). The official decoder uses Hugging Face's ViT names. fc2 must come last:
+# its official name is a suffix of proj's. extras/to_official.py renames the other way.
 OFFICIAL_NAMES = [
     ("norm1.", "layernorm_before."),
     ("query.", "attention.attention.query."),
@@ -368,7 +368,7 @@ def load_encoder(name, image_size, weights=None):
 
 
 def load_decoder(file, name="decoder"):
-    """Build the Decoder of a loaded file, with its EMA weights if it has them, in eval mode.
+    """Build the Decoder from a loaded file, in eval mode, with its EMA weights if present.
 
     file: a checkpoint of train_decoder.py, or a state dict with the official names. Sizes are read
     from tensor shapes, except the number of heads.
@@ -410,7 +410,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     encoder = encoder or file.get("encoder")
     statistics = load(stats) if stats else file
     if encoder is None or "var" not in statistics:
-        raise UsageError(f"{name} names no encoder, or has no var; pass --encoder and --stats")
+        raise UsageError(f"{name}: no encoder or latent statistics; pass --encoder and --stats")
 
     # Official decoders have one token per 16 px of the encoded image.
     image_size = file.get("encoder_image_size", 16 * decoder_vit.grid_size)
@@ -437,7 +437,7 @@ def open_image(path):
         if not os.path.isfile(path):
             raise ValueError("not a regular file")  # opening a named pipe would wait forever
         image = Image.open(path, formats=IMAGE_FORMATS)
-        if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
             raise ValueError("32-bit pixels are not supported")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit gray, which older Pillow opens in mode I
@@ -527,7 +527,7 @@ def read_batches(data, batches, workers, device):
 #
 # Every random draw is a function of its place in the run: (seed, step, row of the global batch) in
 # training, (seed, index) in sampling, (seed, epoch) for the data order. So no random state has to
-# be saved, a resumed run draws the same, and 1 GPU and 8 GPUs train on the same noise.
+# be saved, a resumed run makes the same draws, and 1 GPU and 8 GPUs train on the same noise.
 
 
 def seeded_generator(*key, device="cpu"):
@@ -710,7 +710,7 @@ def run_script(main):
         message = str(error).split("UsageError: ")[-1]
         sys.exit(f"error: {' '.join(message.split())}")
     except RuntimeError as error:
-        # Raised by torch.compile on CPUs and Triton on GPUs, under a page of traceback.
+        # torch.compile (CPU) and Triton (GPU) raise this at the end of a page of traceback.
         if not re.search("InvalidCxxCompiler|Failed to find C compiler", str(error)):
             raise
         sys.exit("error: torch.compile needs a C++ compiler; install one, or pass --no-compile")

@@ -4,12 +4,12 @@
     python sample.py --classes 3 --num 8 --out out/class3
     torchrun --standalone --nproc_per_node=8 -- sample.py --num 50000 --out out/samples50k
 
-(The "--" keeps torchrun from reading --num as an abbreviation of its own flag.)
+(The "--" keeps torchrun from reading --num as an abbreviation of one of its own flags.)
 
 With --out NAME, the script writes NAME/000000.png, NAME/000001.png and so on. Then it writes
 NAME.npz, which holds all images as uint8 (num, H, W, 3) for fid.py or ADM's evaluator, and
-NAME.png, a grid of the first 100. To resume, rerun the same command; it skips finished batches. The
-noise for image i depends only on (seed, i).
+NAME.png, a grid of the first 100. To resume, rerun the same command; it skips finished batches, and
+refuses other settings or model files. The noise for image i depends only on (seed, i).
 """
 
 import argparse
@@ -44,7 +44,7 @@ from rae import (
     setup_distributed,
 )
 
-# Batches fit in 24 GB. The ImageNet presets use no guidance, like the paper's FID of 1.51.
+# Batches fit in 24 GB. The ImageNet presets use no guidance, as for the paper's FID of 1.51.
 TOY = {"ckpt": "out/diffusion/checkpoint.pt", "num": 500, "cfg_scale": 1.5, "batch_size": 250}
 IMAGENET = {"num": 64, "cfg_scale": 1.0, "batch_size": 64}
 PRESETS = {
@@ -105,10 +105,8 @@ def balanced_labels(classes, num):
 
 
 def load_model(name):
-    """Load a checkpoint, an official file or released:NAME.
-
-    Returns the EMA model, its training settings, and the load_rae arguments for the RAE it was
-    trained on. Official files record neither; both are {}.
+    """Load a checkpoint, an official file or released:NAME. Returns the EMA model, its training
+    settings, and the load_rae arguments for its RAE. For official files, the last two are {}.
     """
     file = load(find_file(name))
     try:
@@ -163,7 +161,7 @@ def generate(
 
 
 def to_uint8(images):
-    """[0, 1] -> uint8, rounded. (The official code truncates, and so darkens by half a level.)"""
+    """[0, 1] -> uint8, rounded. (The official code truncates, which darkens by half a level.)"""
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
@@ -180,7 +178,7 @@ def save_grid(images, path, columns):
 
 
 def save_png(image, path):
-    """Write image (H, W, 3) uint8 through a temporary file, so that every PNG is complete."""
+    """Write image (H, W, 3) uint8 through a temporary file: a kill leaves no partial PNG."""
     temporary = f"{path}.{os.getpid()}.tmp"
     Image.fromarray(image).save(temporary, "PNG")
     os.replace(temporary, path)
@@ -193,7 +191,7 @@ def claim_folder(folder, settings):
     if any(folder.iterdir()) and not path.exists():
         raise UsageError(f"{folder} is not empty; delete it or change --out")
     try:
-        with open(path, "x") as f:  # if two commands start at once, one fails
+        with open(path, "x") as f:  # only one of two commands can create it
             json.dump(settings, f)
     except FileExistsError:
         check_same_run(folder, json.loads(path.read_text() or "{}"), settings)

@@ -4,10 +4,10 @@
     python train_decoder.py --data FOLDER --encoder my_encoder.pt --out out/photos_decoder
     torchrun --standalone --nproc_per_node=8 train_decoder.py --preset imagenet256
 
-The loss is L1 + perceptual + w lambda GAN (appendix C; in the paper, LPIPS and w = 0.75), where
-lambda scales the GAN's gradient to the norm of the reconstruction gradient. The perceptual loss and
-the discriminator run on features of frozen networks, chosen by --loss-networks: VGG16 and DINO-S/8
-as in the paper, or the encoder itself, which needs no download.
+The loss is L1 + perceptual + w * lambda * GAN (appendix C), where lambda scales the GAN's gradient
+to the norm of the reconstruction gradient. The perceptual loss and the discriminator run on
+features of frozen networks, chosen by --loss-networks: VGG16 (LPIPS) and DINO-S/8 as in the paper,
+where w = 0.75, or the encoder itself, which needs no further download.
 
 Writes checkpoint.pt, log.jsonl and grid_*.png (rows: images, reconstructions, reconstructions from
 noisy tokens) to --out. Rerun the same command to resume.
@@ -82,12 +82,11 @@ PRESETS = {
     "imagenet256": IMAGENET,
     "imagenet512": IMAGENET | {"image_size": 512, "resize": 768, "micro_batch_size": 16},
 }
-# Flags that may change on resume. Images and encoder are compared by their hashes instead. The
+# Flags that may change on resume. Images and encoder are compared by hash, so their paths may. The
 # micro-batch size may not: the GAN's adaptive weight is computed per micro-batch.
 MAY_CHANGE = """preset out device workers compile checkpoint_activations data val_data encoder
 encoder_weights lpips_weights vgg_weights dino_weights eval_every eval_num eval_sigma log_every
-save_every
-""".split()
+save_every""".split()
 LOSSES = ("l1", "perceptual", "g_loss", "disc_weight", "d_loss")  # in the log
 LPIPS_URL = (
     "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
@@ -100,9 +99,9 @@ LPIPS_URL = (
 class ViTFeatures(nn.Module):
     """Images in [0, 1] -> tokens of five layers of a frozen ViT, (B, N, C) each.
 
-    The layers are the last block, then the ends of all four quarters, so the last block appears
-    twice, as in the official code. For DINO-S/8 they are blocks 11, 2, 5, 8 and 11, with 784 tokens
-    each (appendix C). There is no final norm and no CLS token.
+    The layers are the last block, then the last block of each quarter of the network. So the last
+    block appears twice, as in the official code. For DINO-S/8 they are blocks 11, 2, 5, 8 and 11,
+    with 784 tokens each (appendix C). There is no final norm and no CLS token.
     """
 
     def __init__(self, encoder):
@@ -131,7 +130,7 @@ class VGGFeatures(nn.Module):
     def __init__(self, weights=None):
         super().__init__()
         self.vgg = rae.load_timm("vgg16.tv_in1k", weights)
-        self.vgg.pre_logits = nn.Identity()  # drop 0.5 GB of unused classifier
+        self.vgg.pre_logits = nn.Identity()  # drop the unused classifier (0.5 GB)
         # LPIPS normalizes images in [-1, 1] by these.
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
@@ -241,8 +240,8 @@ class Discriminator(nn.Module):
 def diffaug(x, u):
     """DiffAug (Zhao et al. 2020) of images (B, 3, H, W) in [0, 1], with uniform noise u (B, 5).
 
-    Keeps the discriminator from memorizing the training set. Shift by up to an eighth, gray beyond;
-    then, in [-1, 1], brightness + U(-.5, .5), saturation x U(0, 2) and contrast x U(.5, 1.5).
+    Keeps the discriminator from memorizing the training set. Shifts by up to an eighth, filling
+    with gray; then in [-1, 1] brightness + U(-.5, .5), saturation x U(0, 2), contrast x U(.5, 1.5).
     """
     # Crop the padded image at a random place, by indexing without a host-device sync.
     x = 2 * x - 1
@@ -266,15 +265,15 @@ def diffaug(x, u):
 
 
 def hinge_d_loss(logits_real, logits_fake):
-    """The discriminator's loss: real images above 1, reconstructions below -1."""
+    """The discriminator's loss. Pushes real images' logits above 1, reconstructions' below -1."""
     return (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()) / 2
 
 
 def adaptive_weight(rec_grad, gan_grad):
     """lambda = |rec_grad| / (|gan_grad| + 1e-6) in [0, 1e4], as in VQGAN (Esser et al. 2021).
 
-    Scaled by lambda, the GAN gradient has the norm of the reconstruction gradient. Both are taken
-    at the last layer's weight, as in the official code (in the paper, at the image).
+    Scaled by lambda, the GAN gradient has the norm of the reconstruction gradient. Both are with
+    respect to the last layer's weight, as in the official code (in the paper, to the image).
     """
     return (rec_grad.norm() / (gan_grad.norm() + 1e-6)).clamp(0, 1e4).detach()
 
@@ -415,13 +414,14 @@ def random_crop(image, size, generator, short_side):
 def evaluate(encoder, decoder, data, args, batch_size, lpips=None):
     """PSNR, LPIPS if given, and the Frechet distance in the encoder's features, on rank 0.
 
-    Returns a dict and a grid of up to 16 images and their reconstructions, (3 * 16, 3, H, W). The
-    _noisy numbers are for tokens with noise of level --eval-sigma. The distance flatters decoders
-    trained with --loss-networks encoder, which optimize the same features.
+    Returns a dict and a grid of up to 16 images and their reconstructions, (3 * 16, 3, H, W).
+    Numbers ending in _noisy are for tokens with noise of level --eval-sigma. The distance flatters
+    decoders trained with --loss-networks encoder, since they were trained on the same features.
     """
     num = min(args.eval_num, len(data))
-    indices = np.linspace(0, len(data) - 1, num).astype(int)  # spread over the classes
-    batches = np.split(indices, range(batch_size, num, batch_size))
+    indices = np.linspace(0, len(data) - 1, num).astype(int)
+    stride = math.ceil(num / batch_size)
+    batches = [indices[i::stride] for i in range(stride)]  # each spread over the classes
     device = encoder.pixel_mean.device
     numbers = defaultdict(float)
     features = defaultdict(list)
@@ -434,7 +434,7 @@ def evaluate(encoder, decoder, data, args, batch_size, lpips=None):
         pictures = [images]
         for suffix, sigma in (("", 0), ("_noisy", args.eval_sigma)):
             fake = encoder.denormalize(decoder(tokens + sigma * eps))  # (B, 3, H, W)
-            fake = to_uint8(fake) / 255  # rounded, as in a file
+            fake = to_uint8(fake) / 255  # rounded to 8 bits, as when saved
             pictures.append(fake)
             features[suffix].append(encoder(fake).mean(1))
             numbers[f"psnr{suffix}"] += psnr(fake, images).sum().item() / num

@@ -94,9 +94,9 @@ PRESETS = {
     | {"decoder": "released:dinov2-b-512", "micro_batch_size": 16, "stop_at": 500400},
 }
 # Flags that may change on resume. Paths may, because images and latents are compared by hashes.
-MAY_CHANGE = """preset out device workers micro_batch_size compile checkpoint_activations cfg_scale
-log_every sample_every save_every keep_every stop_at data decoder encoder encoder_weights stats
-""".split()
+MAY_CHANGE = """preset out device workers micro_batch_size compile checkpoint_activations
+cfg_scale log_every sample_every save_every keep_every stop_at
+data decoder encoder encoder_weights stats""".split()
 
 
 def backbone_size(text):
