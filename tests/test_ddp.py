@@ -266,7 +266,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv.pop(1))
 import fid
-fid.run_script(fid.main)
+fid.rae.run_script(fid.main)
 threads = [Path(f"/proc/self/task/{i}/comm").read_text() for i in os.listdir("/proc/self/task")]
 sys.exit(any("gloo" in name for name in threads))
 """

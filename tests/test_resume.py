@@ -308,21 +308,20 @@ def test_a_killed_run_resumes_exactly(tmp_path, script, processes, moments):
 def test_ctrl_c_ends_without_a_traceback(tmp_path):
     """SIGINT reaches the data loading workers too, as Ctrl-C does."""
     save_images(tmp_path / "photos", 40, size=(32, 32))
-    flags = f"--data {tmp_path}/photos {SMALL_MODEL} --log-every 1 --save-every 2 --workers 1"
-    process = begin("train_diffusion.py", f"{flags} --out {tmp_path}/run")
-    said = ""
-    for line in process.stdout:
-        said += line
-        if line.startswith("step 3 "):
-            os.killpg(process.pid, signal.SIGINT)
-    said += process.stderr.read()
-    assert process.wait() == 130
+    flags = f"--data {tmp_path}/photos {SMALL_MODEL} --steps 100 --log-every 1 --workers 1"
+    for attempt in range(3):  # Python drops an interrupt that meets a destructor or a callback
+        process = begin("train_diffusion.py", f"{flags} --out {tmp_path}/run{attempt}")
+        said = ""
+        for line in process.stdout:
+            said += line
+            if line.startswith("step 3 "):
+                os.killpg(process.pid, signal.SIGINT)
+        said += process.stderr.read()
+        if process.wait() != 0:
+            break
+    assert process.returncode == 130
     assert "same command" in said, "how to resume"
     assert 'train_diffusion.py", line' not in said
-
-
-# ---------------------------------------------------------------------------------------------
-# The log
 
 
 def test_a_new_log(tmp_path, capsys):
