@@ -367,7 +367,7 @@ def test_saved_statistics_give_the_same_numbers(run, sides, inception_file):
     said = run("fid.py", f"a b {weights} --mode pytorch-fid")
     assert scores_of(said)["FID"] != want["FID"]
     assert "pytorch-fid, inception " in said
-    with pytest.raises(SystemExit, match="label: a has pytorch-fid, .*b.npz has adm"):
+    with pytest.raises(SystemExit, match="a has label pytorch-fid, .*b.npz has adm"):
         run("fid.py", f"a b.npz {weights} --mode pytorch-fid")
 
     # Images of any size are resized one by one.
