@@ -244,7 +244,7 @@ CASES = {
 
 
 def difference(title, folder, ours):
-    """One line if the outputs for a title in a folder differ from {file: bytes} of ours, or None.
+    """Compare the outputs in a folder with our {file: bytes}: None if equal, else what differs.
 
     The files may hold anything: they are parsed only if they begin like ours, with type and shape.
     """

@@ -464,11 +464,11 @@ def test_honest_files_are_read(tmp_path):
     """With byte order marks and Windows' line ends, in a folder, next to files of other names."""
     ours = {file: (ROOT / file).read_text() for file in FILES}
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("work/old/dit_dh.py", "old")
-        archive.writestr("__MACOSX/work/._dit_dh.py", b"\x00\xff")
+        archive.writestr("exercises/old/dit_dh.py", "old")
+        archive.writestr("__MACOSX/exercises/._dit_dh.py", b"\x00\xff")
         for file, text in ours.items():
             text = text.replace("\n", "\r\n")
-            archive.writestr(f"work/{file}", b"\xef\xbb\xbf" + text.encode())
+            archive.writestr(f"exercises/{file}", b"\xef\xbb\xbf" + text.encode())
     assert kit.read_submission(tmp_path / "a.zip") == (ours, [])
 
 
