@@ -31,13 +31,7 @@ import rae
 from rae import UsageError, positive_int
 from toy.world import ToyShapes
 
-# What each metric is computed from. --save writes only the statistics of fid and sfid.
-METRICS = {
-    "fid": ("mu", "sigma"),
-    "sfid": ("mu_s", "sigma_s"),
-    "is": ("inception_score",),
-    "pr": ("pool3",),
-}
+METRICS = ("fid", "sfid", "is", "pr")
 
 # ---------------------------------------------------------------------------------------------
 # The Inception network
@@ -249,54 +243,55 @@ def extract_features(images, features, crop, batch_size, device):
     return outputs
 
 
-def saved_statistics(source, arrays, features):
-    """The statistics in an .npz and a label that names their features; {} if there are none."""
-    if "mu" not in arrays and "mu_s" not in arrays:
-        return {}
-    saved = {name: arrays[name] for name in arrays if name != "arr_0"}
-    if "label" not in saved:  # files of ADM and pytorch-fid
-        # Assume Inception features, never those of one of our encoders.
-        is_inception = isinstance(features, InceptionFeatures)
-        saved["label"] = features.label if is_inception else "inception"
-        rae.print0(f"warning: {source} does not name its features; assuming {saved['label']}")
-    return saved | {"label": str(saved["label"])}
+def load_statistics(source, metrics, features, args, device):
+    """Everything the metrics compare, from statistics saved in an .npz or else from its images.
+
+    Returns a dict: "fid" and "sfid" are (mu, sigma), "is" the Inception score, "pr" the pool3
+    features. "label" names the features; n is the number of images and size that of the first one,
+    if known. With several processes, only rank 0 gets the metrics' entries.
+    """
+    arrays = read_npz(source) if source.endswith(".npz") else {}
+    saved = {}
+    if "mu" in arrays and not args.save:
+        saved["fid"] = (arrays["mu"], arrays["sigma"])
+    if "mu_s" in arrays and not args.save:
+        saved["sfid"] = (arrays["mu_s"], arrays["sigma_s"])
+    if saved:
+        for name in ("label", "n", "size"):
+            if name in arrays:
+                saved[name] = arrays[name].item()
+        if "label" not in saved:  # files of ADM and pytorch-fid
+            # Assume Inception features, never those of one of our encoders.
+            is_inception = isinstance(features, InceptionFeatures)
+            saved["label"] = features.label if is_inception else "inception"
+            rae.print0(f"warning: {source} does not name its features; assuming {saved['label']}")
+
+    missing = [metric for metric in metrics if metric not in saved]
+    if not missing:
+        return saved
+    images = open_images(source, arrays, args.num)
+    if saved and saved["label"] != features.label:
+        raise UsageError(f"{source} was made with features {saved['label']}, not {features.label}")
+    return saved | compute_statistics(images, missing, features, args, device)
 
 
 def compute_statistics(images, metrics, features, args, device):
-    """Compute what the metrics need (see METRICS), plus the number n of images, the size of the
-    first one and the label of the features. Ranks other than 0 get only n, size and label.
-    """
+    """The dict of load_statistics, computed from images."""
     height, width = read_image(images[0], args.crop).shape[1:]
     outputs = extract_features(images, features, args.crop, args.batch_size, device)
     statistics = {"label": features.label, "n": len(images), "size": f"{width}x{height}"}
     if rae.get_rank() > 0:
         return statistics
-    for metric, output in zip(("fid", "sfid"), outputs):
-        if metric in metrics:
-            mu, sigma = METRICS[metric]
-            statistics[mu], statistics[sigma] = mean_and_covariance(output)
+    if "fid" in metrics:
+        statistics["fid"] = mean_and_covariance(outputs[0])
+    if "sfid" in metrics:
+        statistics["sfid"] = mean_and_covariance(outputs[1])
     if "is" in metrics:
         logits = features.network.logits(outputs[0].to(device))  # (n, 1008)
-        statistics["inception_score"] = inception_score(logits.cpu())
+        statistics["is"] = inception_score(logits.cpu())
     if "pr" in metrics:
-        statistics["pool3"] = outputs[0]
+        statistics["pr"] = outputs[0]
     return statistics
-
-
-def load_statistics(source, metrics, features, args, device):
-    """Read the statistics saved in a source, and compute missing ones from its images.
-
-    With --save, saved statistics are ignored.
-    """
-    arrays = read_npz(source) if source.endswith(".npz") else {}
-    saved = {} if args.save else saved_statistics(source, arrays, features)
-    missing = [m for m in metrics if not saved.keys() >= set(METRICS[m])]
-    if not missing:
-        return saved
-    if saved and saved["label"] != features.label:
-        raise UsageError(f"{source} was made with features {saved['label']}, not {features.label}")
-    images = open_images(source, arrays, args.num)
-    return saved | compute_statistics(images, missing, features, args, device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -406,7 +401,7 @@ def main():
 
     # Inception features, except for a distance to the toy: its own encoder needs no download.
     metrics = args.metrics.split(",")
-    if not METRICS.keys() >= set(metrics):
+    if not set(metrics) <= set(METRICS):
         raise UsageError(f"--metrics {args.metrics}: choose from {','.join(METRICS)}")
     toy_distance = args.reference == "toy" and metrics == ["fid"] and not args.save
     features_name = args.features or ("encoder:toy" if toy_distance else "inception")
@@ -423,6 +418,9 @@ def main():
     samples = load_statistics(args.samples, metrics, features, args, device)
     if args.save:
         if rank == 0:
+            for metric, suffix in (("fid", ""), ("sfid", "_s")):
+                if metric in samples:
+                    samples[f"mu{suffix}"], samples[f"sigma{suffix}"] = samples.pop(metric)
             np.savez(args.save, **samples)
             n = samples["n"]
             rae.print0(f"wrote {args.save}: {n} images, {samples['size']}, {features.label}")
@@ -442,16 +440,15 @@ def main():
             )
 
     scores = {}
-    fid_name = "Frechet distance" if samples["label"].startswith("encoder") else "FID"
-    for metric, name in (("fid", fid_name), ("sfid", "sFID")):
-        if metric in metrics:
-            gaussians = [side[key] for side in (samples, reference) for key in METRICS[metric]]
-            scores[name] = frechet_distance(*gaussians)
+    if "fid" in metrics:
+        name = "Frechet distance" if samples["label"].startswith("encoder") else "FID"
+        scores[name] = frechet_distance(*samples["fid"], *reference["fid"])
+    if "sfid" in metrics:
+        scores["sFID"] = frechet_distance(*samples["sfid"], *reference["sfid"])
     if "is" in metrics:
-        scores["IS"] = samples["inception_score"]
+        scores["IS"] = samples["is"]
     if "pr" in metrics:
-        pool3 = (samples["pool3"], reference["pool3"])
-        scores["precision"], scores["recall"] = precision_recall(*pool3)
+        scores["precision"], scores["recall"] = precision_recall(samples["pr"], reference["pr"])
     n = int(samples.get("n", 0))
     if "FID" in scores and 0 < n < 2048:
         rae.print0(f"warning: FID from only {n} samples is far too high; papers use 50,000")

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -195,6 +196,8 @@ def claim_folder(folder, settings):
         with open(path, "x") as f:  # only one of two commands can create it
             json.dump(settings, f)
     except FileExistsError:
+        if path.stat().st_size == 0:
+            time.sleep(1)  # the other command is about to write it
         check_same_run(folder, json.loads(path.read_text() or "{}"), settings)
 
 

@@ -175,12 +175,12 @@ def test_features_are_of_all_images_in_their_order(tmp_path, batch_size):
     args = SimpleNamespace(num=None, crop=None, save=None, batch_size=batch_size)
     side = load_statistics(str(tmp_path), ["fid", "sfid", "pr"], Pixels(), args, "cpu")
     assert (side["n"], side["size"], side["label"]) == (12, "8x8", "pixels")
-    assert torch.equal(side["pool3"], want[:, :20])
+    assert torch.equal(side["pr"], want[:, :20])
     want = want.double().numpy()
-    assert np.allclose(side["mu"], want[:, :20].mean(0), rtol=1e-12)
-    assert np.allclose(side["sigma"], np.cov(want[:, :20].T), rtol=1e-9)
-    assert np.allclose(side["mu_s"], want[:, 20:].mean(0), rtol=1e-12)
-    assert np.allclose(side["sigma_s"], np.cov(want[:, 20:].T), rtol=1e-9)
+    for metric, part in (("fid", want[:, :20]), ("sfid", want[:, 20:])):
+        mu, sigma = side[metric]
+        assert np.allclose(mu, part.mean(0), rtol=1e-12)
+        assert np.allclose(sigma, np.cov(part.T), rtol=1e-9)
 
 
 def test_images_of_an_npz(tmp_path):
