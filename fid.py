@@ -8,7 +8,7 @@
 The first command needs no download, but its score is not FID: it is a Frechet distance in the toy
 encoder's features.
 
-Samples and reference are each a folder of images or an .npz with images (arr_0, uint8,
+Samples and reference are each a folder of images or an .npz with images (uint8 arr_0 of shape
 (N, H, W, 3)), statistics (mu and sigma; mu_s and sigma_s for sFID) or both, as in ADM's reference
 files. Papers on ImageNet report the numbers of ADM's TensorFlow suite (Dhariwal and Nichol 2021).
 This script reimplements that suite but has not been checked against it. Its features and FID do
@@ -36,7 +36,7 @@ METRICS = ("fid", "sfid", "is", "pr")
 # ---------------------------------------------------------------------------------------------
 # The Inception network
 #
-# FID is defined on the features of one network, TensorFlow's Inception of 2015 with its original
+# FID is defined by the features of one network: TensorFlow's Inception of 2015, with its original
 # weights. Layers and names are the same as in timm's inception_v3, but the pooling differs. With
 # other pooling or weights, scores can't be compared with published ones.
 
@@ -103,7 +103,7 @@ class Inception(nn.Module):
 def resize_last(x, size):
     """Linear interpolation of the last dimension as in TensorFlow 1: (..., n) -> (..., size).
 
-    Output i is read at i n / size, not at (i + 1/2) n / size - 1/2 as in newer code. This detail
+    Output i reads position i n / size, not (i + 1/2) n / size - 1/2 as in newer code. This detail
     changes FID.
     """
     n = x.shape[-1]
@@ -133,7 +133,7 @@ def preprocess(images, mode):
 
 
 def download_weights(url, file_name, flag):
-    """Download weights, or reuse the cached copy. file_name ends in the start of their sha256."""
+    """Download weights, or reuse the cached copy. file_name ends in a prefix of their sha256."""
     try:
         return torch.hub.load_state_dict_from_url(
             url, file_name=file_name, check_hash=True, map_location="cpu", weights_only=True
@@ -186,7 +186,7 @@ class EncoderFeatures:
 def read_npz(path):
     """The arrays of an .npz, as a dict."""
     if not os.path.isfile(path):
-        raise UsageError(f"{path}: no such file (sample.py writes out/samples.npz)")
+        raise UsageError(f"{path}: no such file (sample.py writes the samples)")
     try:
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
@@ -205,7 +205,7 @@ def open_images(source, arrays, num):
     else:
         images = rae.list_images(source)
     if len(images[:num]) < 2:
-        raise UsageError(f"{source} has fewer than two images")
+        raise UsageError(f"{source}: scores need at least two images")
     return images[:num]
 
 
@@ -244,11 +244,11 @@ def extract_features(images, features, crop, batch_size, device):
 
 
 def load_statistics(source, metrics, features, args, device):
-    """Everything the metrics compare, from statistics saved in an .npz or else from its images.
+    """What the metrics compare: statistics saved in the .npz, or else computed from images.
 
-    Returns a dict: "fid" and "sfid" are (mu, sigma), "is" the Inception score, "pr" the pool3
-    features. "label" names the features; n is the number of images and size that of the first one,
-    if known. With several processes, only rank 0 gets the metrics' entries.
+    Returns a dict: "fid" and "sfid" are (mu, sigma), "is" is the Inception score, "pr" the pool3
+    features. "label" names the features, "n" counts the images, and "size" is that of the first
+    one. With several processes, only rank 0 gets the metrics' entries.
     """
     arrays = read_npz(source) if source.endswith(".npz") else {}
     saved = {}
@@ -276,7 +276,7 @@ def load_statistics(source, metrics, features, args, device):
 
 
 def compute_statistics(images, metrics, features, args, device):
-    """The dict of load_statistics, computed from images."""
+    """Compute the dict of load_statistics from images."""
     height, width = read_image(images[0], args.crop).shape[1:]
     outputs = extract_features(images, features, args.crop, args.batch_size, device)
     statistics = {"label": features.label, "n": len(images), "size": f"{width}x{height}"}
@@ -305,14 +305,14 @@ def mean_and_covariance(features):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance of Gaussians with means (D,) and covariances (D, D), in float64.
+    """Squared Frechet distance between Gaussians with means (D,) and covariances (D, D).
 
     |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 sqrt(sigma1 sigma2)): FID for pool3 features (Heusel et
     al. 2017), sFID for spatial ones.
     """
     # The trace of a matrix square root is the sum of the square roots of the eigenvalues, which are
     # real and at least 0 for sigma1 sigma2. Rounding can make some slightly negative or complex, so
-    # keep the real part. (scipy's sqrtm is slower, and inexact with fewer images than features.)
+    # keep the real part. (scipy's sqrtm is inexact with fewer images than features.)
     eigenvalues = scipy.linalg.eigvals(sigma1 @ sigma2)
     trace_of_root = np.sqrt(eigenvalues).real.sum()
     difference = mu1 - mu2  # (D,)
@@ -351,7 +351,7 @@ def precision_recall(samples, references):
     Precision is the share of samples inside any reference's ball, recall the share of references
     inside any sample's ball.
     """
-    samples = samples.double()  # in float32 cdist's |a|^2 + |b|^2 - 2 a b is inexact
+    samples = samples.double()  # in float32, cdist's |a|^2 + |b|^2 - 2 a b is inexact
     references = references.double()
     sample_radii = knn_radii(samples)  # (n,)
     reference_radii = knn_radii(references)  # (m,)
@@ -382,7 +382,7 @@ def get_args():
     )
     p.add_argument("samples", nargs="?", default="out/samples.npz", help="folder or .npz")
     p.add_argument("reference", nargs="?", default="toy", help="folder, .npz or toy")
-    p.add_argument("--num", type=positive_int, help="use only the first images of each side")
+    p.add_argument("--num", type=positive_int, help="read only the first images of each side")
     p.add_argument("--crop", type=positive_int, help="center-crop images to this size")
     p.add_argument("--save", help="write the statistics of SAMPLES to this .npz and stop")
     p.add_argument("--metrics", default="fid", help="comma-separated, of fid,sfid,is,pr")
@@ -396,13 +396,13 @@ def get_args():
 
 def main():
     args = get_args()
-    args.precision = "fp32"  # and no TF32, so that features depend less on the GPU
+    args.precision = "fp32"  # without TF32, so features vary less between GPUs
     rank, _, device, _ = rae.setup_distributed(args)
 
-    # Inception features, except for a distance to the toy: its own encoder needs no download.
     metrics = args.metrics.split(",")
     if not set(metrics) <= set(METRICS):
         raise UsageError(f"--metrics {args.metrics}: choose from {','.join(METRICS)}")
+    # By default use Inception, except for a distance to the toy, whose encoder needs no download.
     toy_distance = args.reference == "toy" and metrics == ["fid"] and not args.save
     features_name = args.features or ("encoder:toy" if toy_distance else "inception")
     if args.save:
@@ -433,7 +433,7 @@ def main():
     for name in ("label", "size"):
         ours = samples.get(name)
         theirs = reference.get(name)
-        if ours and theirs and str(ours) != str(theirs):
+        if ours and theirs and ours != theirs:
             raise UsageError(
                 f"{args.samples} has {name} {ours}, but {args.reference} has {theirs}; "
                 "pass --crop, or save new statistics"
@@ -449,8 +449,8 @@ def main():
         scores["IS"] = samples["is"]
     if "pr" in metrics:
         scores["precision"], scores["recall"] = precision_recall(samples["pr"], reference["pr"])
-    n = int(samples.get("n", 0))
-    if "FID" in scores and 0 < n < 2048:
+    n = samples.get("n", 0)
+    if "FID" in scores and 0 < n < 2048:  # fewer than pool3 has features
         rae.print0(f"warning: FID from only {n} samples is far too high; papers use 50,000")
     numbers = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
     details = f"{n or 'unknown number of'} samples, reference {args.reference}, {samples['label']}"

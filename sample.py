@@ -8,8 +8,8 @@
 
 With --out NAME, the script writes NAME/000000.png, NAME/000001.png and so on. Then it writes
 NAME.npz, which holds all images as uint8 (num, H, W, 3) for fid.py or ADM's evaluator, and
-NAME.png, a grid of the first 100. To resume, rerun the same command; it skips finished batches, and
-refuses other settings or model files. The noise for image i depends only on (seed, i).
+NAME.png, a grid of the first 100. To resume, rerun the same command: it skips finished batches.
+Other settings or model files need another NAME. The noise for image i depends only on (seed, i).
 """
 
 import argparse
@@ -65,9 +65,9 @@ def get_args():
     # model and latents
     p.add_argument("--ckpt", help="checkpoint of train_diffusion.py, or released:NAME")
     p.add_argument("--decoder", help="decoder file or released:NAME (default: as in training)")
-    p.add_argument("--encoder", help="for an official decoder file: its encoder")
+    p.add_argument("--encoder", help="encoder of an official decoder file")
     p.add_argument("--encoder-weights", help="local file of the encoder's timm weights")
-    p.add_argument("--stats", help="for an official decoder file: its latent statistics")
+    p.add_argument("--stats", help="latent statistics of an official decoder file")
     # images
     p.add_argument("--num", type=positive_int, help="number of images")
     p.add_argument("--classes", type=class_list, help="such as 0,3,7, or null (default: all)")
@@ -78,7 +78,7 @@ def get_args():
         "--t-last", type=bounded(0, 0.999), default=0.0, help="final t (official: 0.001)"
     )
     p.add_argument("--alpha", type=bounded(1e-3), help="schedule shift (default: as in training)")
-    p.add_argument("--cfg-scale", type=bounded(0), help="classifier-free guidance, 1: off")
+    p.add_argument("--cfg-scale", type=bounded(0), help="CFG, 1: off; unused in AutoGuidance")
     p.add_argument("--guidance-model", help="AutoGuidance: checkpoint of the weaker model")
     p.add_argument("--guidance-scale", type=bounded(0), help="AutoGuidance scale (paper: 1.42)")
     p.add_argument(
@@ -99,7 +99,7 @@ def get_args():
 
 
 def balanced_labels(classes, num):
-    """num labels that cycle through the classes, or evenly spaced classes if num is smaller."""
+    """num labels that cycle through the classes, or are evenly spaced if num < len(classes)."""
     if num >= len(classes):
         return [classes[i % len(classes)] for i in range(num)]
     return [classes[i * len(classes) // num] for i in range(num)]
@@ -128,7 +128,7 @@ def check_model(name, model, settings, rae, labels):
     null = model.num_classes
     label_drop = settings.get("label_drop", 0.1)
     if label_drop == 0 and null in labels:
-        raise UsageError(f"{name} was trained without the null label; pass --cfg-scale 1")
+        raise UsageError(f"{name} has no null label; use --cfg-scale 1, not --classes null")
     if label_drop == 1 and labels != {null}:
         raise UsageError(f"{name} was trained without classes; pass --classes null")
 
@@ -147,7 +147,7 @@ def generate(
 ):
     """Sample and decode images (len(labels), 3, H, W) in [0, 1].
 
-    first is the index of the first image, which determines its noise. guidance: see dit_dh.sample.
+    The noise for labels[i] is that of image first + i. guidance: see dit_dh.sample.
     """
     latent_shape = rae.latent_mean.shape  # (N, C)
     device = rae.latent_mean.device
@@ -175,19 +175,19 @@ def save_grid(images, path, columns):
     images = to_uint8(images).cpu()  # (B, 3, H, W)
     images = F.pad(images, (1, 1, 1, 1, 0, 0, 0, blank), value=255)  # white borders and blanks
     grid = images.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)
-    grid = grid.flatten(2, 3).flatten(0, 1).numpy()  # (rows (H + 2), columns (W + 2), 3)
+    grid = grid.flatten(2, 3).flatten(0, 1).numpy()  # (rows * (H + 2), columns * (W + 2), 3)
     Image.fromarray(grid.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(path)
 
 
 def save_png(image, path):
-    """Write image (H, W, 3) uint8 through a temporary file: a kill leaves no partial PNG."""
+    """Write a uint8 image (H, W, 3) atomically, so that a kill leaves no partial PNG."""
     temporary = f"{path}.{os.getpid()}.tmp"
     Image.fromarray(image).save(temporary, "PNG")
     os.replace(temporary, path)
 
 
 def claim_folder(folder, settings):
-    """Create the folder and record its settings. Raise UsageError if it holds different ones."""
+    """Create the folder and record settings. Raise UsageError if it already records others."""
     path = folder / "settings.json"
     make_folder(folder)
     if any(folder.iterdir()) and not path.exists():
@@ -206,7 +206,7 @@ def main():
     folder = Path(args.out)
     rank, world_size, device, autocast = setup_distributed(args)
 
-    # Model and RAE. Our checkpoints record which RAE they were trained on.
+    # Model and RAE. Our checkpoints record their RAE; official files don't.
     model, trained, rae_files = load_model(args.ckpt)
     if not rae_files:
         official = "released:dinov2-b-512" if model.grid_size == 32 else "released:dinov2-b"
@@ -227,24 +227,24 @@ def main():
     labels = balanced_labels(classes, args.num)
 
     # Guidance
-    needed = set(classes)
+    used_labels = set(classes)
     guidance = {"interval": args.interval}
     if args.guidance_model:
         guidance_model, guidance_trained, _ = load_model(args.guidance_model)
-        check_model(args.guidance_model, guidance_model, guidance_trained, rae, needed)
+        check_model(args.guidance_model, guidance_model, guidance_trained, rae, used_labels)
         guidance["guidance_model"] = guidance_model.to(device)
         guidance["guidance_scale"] = args.guidance_scale
     elif args.cfg_scale != 1 and classes != [null]:
         guidance["cfg_scale"] = args.cfg_scale
-        needed.add(null)
-    check_model(args.ckpt, model, trained, rae, needed)
+        used_labels.add(null)
+    check_model(args.ckpt, model, trained, rae, used_labels)
 
     # Timesteps, by default shifted as in training
     alpha = args.alpha or trained.get("alpha") or shift_alpha(*rae.latent_mean.shape)
     timesteps = time_grid(args.steps, alpha, args.t_last)
     print0(f"{args.num} images in {args.steps} steps, alpha {alpha:.3f}")
 
-    # All images in a folder must come from the same flags and the same files.
+    # Never mix images of different settings or model files in one folder.
     if rank == 0:
         models = [args.ckpt, args.guidance_model, rae_files["decoder"], rae_files.get("stats")]
         times = [os.path.getmtime(find_file(name)) for name in models if name]
@@ -255,7 +255,7 @@ def main():
     if world_size > 1:
         dist.barrier()
 
-    # Sample the missing batches. The split, and so the rounding, is the same for any world size.
+    # Sample the missing batches. They are the same for any world size, and so is their rounding.
     todo = []
     for batch in rank_batches(args.num, args.batch_size):
         if not all((folder / f"{i:06d}.png").exists() for i in batch):

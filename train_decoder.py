@@ -2,12 +2,12 @@
 
     python train_decoder.py                                          # toy data -> out/decoder
     python train_decoder.py --data FOLDER --encoder my_encoder.pt --out out/photos_decoder
-    torchrun --standalone --nproc_per_node=8 train_decoder.py --preset imagenet256
+    torchrun --standalone --nproc_per_node=8 train_decoder.py --preset imagenet256 --out out/in256
 
 The loss is L1 + perceptual + w * lambda * GAN (appendix C), where lambda scales the GAN's gradient
 to the norm of the reconstruction gradient. The perceptual loss and the discriminator run on
-features of frozen networks, chosen by --loss-networks: VGG16 (LPIPS) and DINO-S/8 as in the paper,
-where w = 0.75, or the encoder itself, which needs no further download.
+features of frozen networks: --loss-networks published means VGG16 (LPIPS) and DINO-S/8, as in the
+paper, where w = 0.75; --loss-networks encoder means the encoder itself and needs no download.
 
 Writes checkpoint.pt, log.jsonl and grid_*.png (rows: images, reconstructions, reconstructions from
 noisy tokens) to --out. Rerun the same command to resume.
@@ -82,7 +82,7 @@ PRESETS = {
     "imagenet256": IMAGENET,
     "imagenet512": IMAGENET | {"image_size": 512, "resize": 768, "micro_batch_size": 16},
 }
-# Flags that may change on resume. Images and encoder are compared by hash, so their paths may. The
+# Flags that may change on resume. Images and encoder are hashed, so their paths may change. The
 # micro-batch size may not: the GAN's adaptive weight is computed per micro-batch.
 MAY_CHANGE = """preset out device workers compile checkpoint_activations data val_data encoder
 encoder_weights lpips_weights vgg_weights dino_weights eval_every eval_num eval_sigma log_every
@@ -99,9 +99,9 @@ LPIPS_URL = (
 class ViTFeatures(nn.Module):
     """Images in [0, 1] -> tokens of five layers of a frozen ViT, (B, N, C) each.
 
-    The layers are the last block, then the last block of each quarter of the network. So the last
-    block appears twice, as in the official code. For DINO-S/8 they are blocks 11, 2, 5, 8 and 11,
-    with 784 tokens each (appendix C). There is no final norm and no CLS token.
+    The layers are the last block, then the last block of each quarter, so the last block appears
+    twice, as in the official code. For DINO-S/8 they are blocks 11, 2, 5, 8 and 11, with 784 tokens
+    each (appendix C). There is no final norm and no CLS token.
     """
 
     def __init__(self, encoder):
@@ -114,9 +114,9 @@ class ViTFeatures(nn.Module):
         self.num_layers = len(self.blocks) + 1
 
     def forward(self, images):
-        size = (self.encoder.input_size, self.encoder.input_size)
-        if images.shape[-1] != size[0]:
-            images = F.interpolate(images, size, mode="bilinear")
+        size = self.encoder.input_size
+        if images.shape[-1] != size:
+            images = F.interpolate(images, (size, size), mode="bilinear")
         images = (images - self.encoder.pixel_mean) / self.encoder.pixel_std
         features = self.encoder.vit.forward_intermediates(
             images, indices=self.blocks, output_fmt="NLC", intermediates_only=True
@@ -190,7 +190,7 @@ def load_lpips(args, device):
 
 
 class InstanceNorm(nn.InstanceNorm1d):
-    """In float32 even under autocast, as in the official code."""
+    """Runs in float32 even under autocast, as in the official code."""
 
     def forward(self, x):
         return super().forward(x.float())
@@ -243,8 +243,8 @@ def diffaug(x, u):
     Keeps the discriminator from memorizing the training set. Shifts by up to an eighth, filling
     with gray; then in [-1, 1] brightness + U(-.5, .5), saturation x U(0, 2), contrast x U(.5, 1.5).
     """
-    # Crop the padded image at a random place, by indexing without a host-device sync.
     x = 2 * x - 1
+    # Shift: crop the padded image at random, without a host-device sync.
     size = x.shape[-1]
     reach = round(size / 8)
     corners = (u[:, :2] * (2 * reach + 1)).long()  # (B, 2): first row, first column
@@ -272,8 +272,8 @@ def hinge_d_loss(logits_real, logits_fake):
 def adaptive_weight(rec_grad, gan_grad):
     """lambda = |rec_grad| / (|gan_grad| + 1e-6) in [0, 1e4], as in VQGAN (Esser et al. 2021).
 
-    Scaled by lambda, the GAN gradient has the norm of the reconstruction gradient. Both are with
-    respect to the last layer's weight, as in the official code (in the paper, to the image).
+    Scaled by lambda, the GAN gradient has the norm of the reconstruction gradient. Both are taken
+    at the last layer's weight, as in the official code (in the paper, at the image).
     """
     return (rec_grad.norm() / (gan_grad.norm() + 1e-6)).clamp(0, 1e4).detach()
 
@@ -294,7 +294,7 @@ def draw_sigma(n, tau, dist="uniform", generator=None, device=None):
 
 
 def add_noise(tokens, sigma, eps):
-    """Noise for the decoder's training: tokens (B, N, C), sigma (B,), eps (B, N, C) -> (B, N, C).
+    """Add noise: tokens (B, N, C), sigma (B,), eps (B, N, C) -> noisy tokens (B, N, C).
 
     Sampled latents are imperfect; training on noisy tokens makes the decoder robust to them.
     """
@@ -336,7 +336,7 @@ def get_args():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     # images and encoder
     p.add_argument("--data", help="toy, or a folder of images")
-    p.add_argument("--val-data", help="folder to evaluate on (default: --data)")
+    p.add_argument("--val-data", help="evaluation folder (default: --data, or toy's)")
     p.add_argument("--image-size", type=positive_int, help="pixels of decoded images")
     p.add_argument("--resize", type=positive_int, help="short side before a random crop")
     p.add_argument("--encoder", help="toy, dinov2-{s,b,l}, siglip2-b, mae-b, timm:MODEL or a file")
@@ -375,7 +375,7 @@ def get_args():
     p.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
     p.add_argument("--workers", type=non_negative_int, default=0, help="data loading processes")
     # output
-    p.add_argument("--out", default="out/decoder", help="folder of the run")
+    p.add_argument("--out", default="out/decoder", help="output folder")
     p.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
     p.add_argument("--eval-every", type=positive_int, help="steps between evaluations")
     p.add_argument("--eval-num", type=positive_int, help="images to evaluate on")
@@ -415,8 +415,8 @@ def evaluate(encoder, decoder, data, args, batch_size, lpips=None):
     """PSNR, LPIPS if given, and the Frechet distance in the encoder's features, on rank 0.
 
     Returns a dict and a grid of up to 16 images and their reconstructions, (3 * 16, 3, H, W).
-    Numbers ending in _noisy are for tokens with noise of level --eval-sigma. The distance flatters
-    decoders trained with --loss-networks encoder, since they were trained on the same features.
+    Numbers ending in _noisy come from tokens with noise of level --eval-sigma. The distance
+    flatters decoders trained with --loss-networks encoder, which were trained on these features.
     """
     num = min(args.eval_num, len(data))
     indices = np.linspace(0, len(data) - 1, num).astype(int)
@@ -589,8 +589,8 @@ def main():
         sigma = sigma[rows.start : rows.stop]  # (b,)
         u_decoder, u_real, u_fake = u[rows.start : rows.stop].unbind(1)  # (b, 5) each
 
-        # Decoder step, one micro-batch at a time, with a frozen discriminator. In the last backward
-        # pass DDP averages the gradients over the ranks (the flag is a shortcut for no_sync).
+        # Decoder step, one micro-batch at a time, with a frozen discriminator. DDP averages the
+        # gradients over the ranks in the last backward pass only (the flag replaces no_sync).
         discriminator.eval().requires_grad_(False)
         losses = torch.zeros(4, device=device)
         d_loss = torch.zeros(1, device=device)
@@ -665,7 +665,7 @@ def main():
             skipped += 1
             skipped_in_a_row += 1
             if skipped_in_a_row == 5:
-                raise UsageError("five non-finite gradients in a row; restart with a lower --lr")
+                raise UsageError("five non-finite gradients in a row; lower --lr, in a new --out")
         images_done += args.global_batch_size
         done = step + 1  # steps completed
         final = done == args.steps
@@ -697,7 +697,7 @@ def main():
             rae.write_log(log, {"step": done, **numbers})
             save_grid(grid, out / f"grid_{done:07d}.png", columns=len(grid) // 3)
 
-        # Save last, so that a checkpoint of step N implies its log line and grid exist.
+        # Save last: a checkpoint of step N implies that its log line and grid exist.
         if rank == 0 and (done % args.save_every == 0 or final):
             checkpoint = {
                 "model": decoder.state_dict(),

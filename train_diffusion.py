@@ -2,10 +2,10 @@
 
     python train_diffusion.py                                          # toy data -> out/diffusion
     python train_diffusion.py --data FOLDER --decoder out/decoder/checkpoint.pt --out out/photos
-    torchrun --standalone --nproc_per_node=8 train_diffusion.py --preset imagenet256
+    torchrun --standalone --nproc_per_node=8 train_diffusion.py --preset imagenet256 --out out/big
 
-Writes checkpoint.pt, log.jsonl, samples_*.png (one column per class, always from the same noise)
-and reconstructions.png to --out. Rerun the same command to resume.
+Writes checkpoint.pt, log.jsonl, samples_*.png (a column each for up to ten classes, always from the
+same noise) and reconstructions.png to --out. Rerun the same command to resume.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from rae import (
 )
 from sample import balanced_labels, generate, load_model, save_grid
 
-# Two minutes on two CPU cores. Of the alphas we tried from 1 to 5.66, 4 was about the best; the
+# Two minutes on two CPU cores. Of the alphas we tried, from 1 to 5.66, 4 worked about best; the
 # paper's formula gives 1 for latents this small.
 TOY = {
     "data": "toy",
@@ -75,7 +75,7 @@ IMAGENET = {
     "wide_head": "G",
     "global_batch_size": 1024,
     "micro_batch_size": 64,  # fits 80 GB
-    "steps": 1000800,  # 800 epochs
+    "steps": 1000800,
     "lr": 2e-4,
     "lr_end": 2e-5,
     "hold": 50040,  # 40 epochs
@@ -93,7 +93,7 @@ PRESETS = {
     "imagenet512": IMAGENET
     | {"decoder": "released:dinov2-b-512", "micro_batch_size": 16, "stop_at": 500400},
 }
-# Flags that may change on resume. Paths may, because images and latents are compared by hashes.
+# Flags that may change on resume. Images and latents are hashed, so their paths may change.
 MAY_CHANGE = """preset out device workers micro_batch_size compile checkpoint_activations
 cfg_scale log_every sample_every save_every keep_every stop_at
 data decoder encoder encoder_weights stats""".split()
@@ -123,17 +123,17 @@ def get_args():
     p.add_argument("--data", help="toy, or a folder with one subfolder per class")
     p.add_argument("--no-flip", action="store_true", help="don't mirror images")
     p.add_argument("--decoder", help="toy, a checkpoint of train_decoder.py or released:NAME")
-    p.add_argument("--encoder", help="for an official decoder file: its encoder")
+    p.add_argument("--encoder", help="encoder of an official decoder file")
     p.add_argument("--encoder-weights", help="local file of the encoder's timm weights")
-    p.add_argument("--stats", help="for an official decoder file: its latent statistics")
+    p.add_argument("--stats", help="latent statistics of an official decoder file")
     # model
     p.add_argument("--backbone", type=backbone_size, help="S, B, L, XL or width,depth,num_heads")
     p.add_argument("--wide-head", type=wide_head_size, help="like --backbone (paper: G), or none")
     p.add_argument("--init", help="initial weights: a checkpoint or released:NAME")
     # flow matching
-    p.add_argument("--alpha", type=bounded(1e-3), help="schedule shift (None: by section 4.2)")
+    p.add_argument("--alpha", type=bounded(0), help="schedule shift, 0: by section 4.2")
     p.add_argument("--time", choices=["logit-normal", "uniform"], default="logit-normal")
-    p.add_argument("--label-drop", type=bounded(0, 1), default=0.1, help="1: unconditional model")
+    p.add_argument("--label-drop", type=bounded(0, 1), default=0.1, help="1: without classes")
     # optimization
     p.add_argument("--steps", type=positive_int, help="length of the learning rate schedule")
     p.add_argument("--stop-at", type=positive_int, help="stop at this step, before --steps")
@@ -149,10 +149,10 @@ def get_args():
     p.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
     p.add_argument("--workers", type=non_negative_int, default=0, help="data loading processes")
     # output
-    p.add_argument("--out", default="out/diffusion", help="folder of the run")
+    p.add_argument("--out", default="out/diffusion", help="output folder")
     p.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
     p.add_argument("--sample-every", type=positive_int, help="steps between sample grids")
-    p.add_argument("--cfg-scale", type=bounded(0), help="guidance of the sample grids, 1: off")
+    p.add_argument("--cfg-scale", type=bounded(0), help="CFG scale of sample grids, 1: off")
     p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
     p.add_argument("--keep-every", type=positive_int, help="steps between kept EMA snapshots")
     return parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
@@ -160,7 +160,7 @@ def get_args():
 
 class StepBatches(Dataset):
     """Item `step` is this rank's share of that step's global batch: images (b, 3, H, W) uint8 and
-    labels (b,). rows are its positions in the global batch, and micro_batches are slices of it.
+    labels (b,). rows: its positions in the global batch. micro_batches: slices of this share.
     """
 
     def __init__(self, data, args, flip, rank, world_size):
@@ -266,14 +266,14 @@ def main():
     print0(f"{len(data)} images, {num_parameters:,} parameters, alpha {alpha:.3f}")
     if rank == 0:
         log = open_log(out, first_step)
-        # Samples can't look better than reconstructions, so check these first.
-        some = np.linspace(0, len(data) - 1, 16).astype(int)
-        (images,) = read_batches(data, [some], 0, device)  # (16, 3, H, W) in [0, 1]
+        # Reconstructions bound the quality of samples, so check them first.
+        batch = np.linspace(0, len(data) - 1, 16).astype(int)
+        (images,) = read_batches(data, [batch], 0, device)  # (16, 3, H, W) in [0, 1]
         reconstructions = rae.decode(rae.encode(images)).clamp(0, 1)  # (16, 3, H, W)
         save_grid(torch.cat([images, reconstructions]), out / "reconstructions.png", columns=16)
         print0(f"reconstructions.png: PSNR {psnr(reconstructions, images).mean():.1f} dB")
 
-    # Sample grids: up to ten classes with eight images each.
+    # Sample grids: eight rows; a column each for up to ten classes
     classes = balanced_labels(range(model.num_classes), min(model.num_classes, 10))
     if args.label_drop == 1:
         classes = [model.num_classes]  # unconditional model: trained on the null label only
@@ -307,8 +307,8 @@ def main():
         images = images.to(device, non_blocking=True)  # (b, 3, H, W) uint8
         y = torch.where(drop, model.num_classes, labels)  # (b,); num_classes is the null label
 
-        # Loss and gradients, one micro-batch at a time. In the last backward pass DDP averages the
-        # gradients over the ranks (the flag is a shortcut for no_sync). The encoder runs in float32
+        # Loss and gradients, one micro-batch at a time. DDP averages the gradients over the ranks
+        # in the last backward pass only (the flag replaces no_sync). The encoder runs in float32
         # because the latent statistics were computed in float32.
         losses = []
         for micro in batches.micro_batches:
@@ -336,7 +336,7 @@ def main():
             skipped += 1
             skipped_in_a_row += 1
             if skipped_in_a_row == 5:
-                raise UsageError("five non-finite gradients in a row; restart with a lower --lr")
+                raise UsageError("five non-finite gradients in a row; lower --lr, in a new --out")
         optimizer.zero_grad()
         images_done += args.global_batch_size
         done = step + 1  # steps completed
@@ -372,7 +372,7 @@ def main():
             )
             save_grid(grid, out / f"samples_{done:07d}.png", columns=len(classes))
 
-        # Save last, so that a checkpoint of step N implies its log line and samples exist.
+        # Save last: a checkpoint of step N implies that its log line and samples exist.
         if rank == 0 and args.keep_every and done % args.keep_every == 0:
             kept = {"ema": ema.state_dict(), "config": model.config, "rae": rae_files}
             atomic_save(kept | {"settings": settings}, out / f"ema_{done:07d}.pt")

@@ -247,7 +247,7 @@ def test_two_processes_score_as_one(inception_file, tmp_path):
         saved = dict(np.load(tmp_path / "a.npz"))
         lines = []
         for command in (
-            f"a b --metrics fid,sfid,is,pr --batch-size 4 {weights}",
+            f"a b --metrics is,pr --batch-size 4 {weights}",
             f"a b --num 3 --metrics pr --batch-size 4 {weights}",
             "c toy",
         ):

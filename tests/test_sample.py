@@ -61,7 +61,8 @@ def test_samples_do_not_depend_on_the_batch(trained, monkeypatch):
 
 
 def test_an_unconditional_model_takes_no_classes(run):
-    run("train_diffusion.py", "--label-drop 1")
+    run("train_diffusion.py", "--label-drop 1 --alpha 0")
+    assert load("out/diffusion/checkpoint.pt")["settings"]["alpha"] == 1, "the formula's"
     run("sample.py", "--out a --cfg-scale 1")
     run("sample.py", "--out b --cfg-scale 3")
     assert pictures_of("a") == pictures_of("b"), "without labels there is no guidance"
@@ -76,7 +77,7 @@ def test_guidance_needs_a_model_that_saw_the_label(run):
     assert pictures_of("no_null") == pictures_of("no_null_unguided")
 
     ckpt = "--ckpt no_null/checkpoint.pt"
-    with pytest.raises(SystemExit, match="pass --cfg-scale 1"):
+    with pytest.raises(SystemExit, match="use --cfg-scale 1"):
         run("sample.py", ckpt)
     guide = "--guidance-scale 2 --guidance-model null_only/checkpoint.pt"
     with pytest.raises(SystemExit, match="null_only/checkpoint.pt was trained without classes"):
