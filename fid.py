@@ -11,8 +11,8 @@ encoder's features.
 Samples and reference are each a folder of images or an .npz with images (uint8 arr_0 of shape
 (N, H, W, 3)), statistics (mu and sigma; mu_s and sigma_s for sFID) or both, as in ADM's reference
 files. Papers on ImageNet report the numbers of ADM's TensorFlow suite (Dhariwal and Nichol 2021).
-This script reimplements that suite but has not been checked against it. Its features and FID do
-match those of pytorch-fid (--mode pytorch-fid) and torch-fidelity (--mode adm).
+This script reimplements that suite but has not been checked against it. Its features and FID match
+pytorch-fid's (--mode pytorch-fid) and torch-fidelity's (--mode adm).
 """
 
 import argparse
@@ -80,8 +80,8 @@ class Inception(nn.Module):
     def replace_pool(self, name, pool):
         """Feed pool(x) to the block's pooling branch.
 
-        timm pools by a function call inside the block, so there is no module to replace. Hooks
-        keep the block's input x and replace the branch's input; timm's own pool is discarded.
+        timm pools by a function call inside the block, so there is no module to replace. One hook
+        keeps the block's input x; another feeds pool(x) to the branch instead of timm's result.
         """
         block = self.net.get_submodule(name)
         kept = {}
@@ -186,7 +186,7 @@ class EncoderFeatures:
 def read_npz(path):
     """The arrays of an .npz, as a dict."""
     if not os.path.isfile(path):
-        raise UsageError(f"{path}: no such file (sample.py writes the samples)")
+        raise UsageError(f"{path}: no such file")
     try:
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
@@ -247,8 +247,8 @@ def load_statistics(source, metrics, features, args, device):
     """What the metrics compare: statistics saved in the .npz, or else computed from images.
 
     Returns a dict: "fid" and "sfid" are (mu, sigma), "is" is the Inception score, "pr" the pool3
-    features. "label" names the features, "n" counts the images, and "size" is that of the first
-    one. With several processes, only rank 0 gets the metrics' entries.
+    features. "label" names the features, "n" counts the images, and "size" is the first image's.
+    With several processes, only rank 0 gets what is computed for the metrics.
     """
     arrays = read_npz(source) if source.endswith(".npz") else {}
     saved = {}
@@ -276,7 +276,7 @@ def load_statistics(source, metrics, features, args, device):
 
 
 def compute_statistics(images, metrics, features, args, device):
-    """Compute the dict of load_statistics from images."""
+    """The dict that load_statistics describes, from images."""
     height, width = read_image(images[0], args.crop).shape[1:]
     outputs = extract_features(images, features, args.crop, args.batch_size, device)
     statistics = {"label": features.label, "n": len(images), "size": f"{width}x{height}"}
@@ -327,7 +327,7 @@ def inception_score(logits):
     """
     scores = []
     for chunk in logits.split(5000):
-        p = chunk.double().softmax(dim=1)  # p(y | x), (5000, 1008)
+        p = chunk.double().softmax(dim=1)  # p(y | x), (b, 1008)
         entropy_of_mean = torch.special.entr(p.mean(dim=0)).sum()  # H(p(y))
         mean_of_entropy = torch.special.entr(p).sum(dim=1).mean()  # mean H(p(y | x))
         scores.append((entropy_of_mean - mean_of_entropy).exp())
@@ -356,7 +356,7 @@ def precision_recall(samples, references):
     sample_radii = knn_radii(samples)  # (n,)
     reference_radii = knn_radii(references)  # (m,)
     precise = []
-    recalled = torch.zeros(len(references), dtype=torch.bool, device=references.device)
+    recalled = torch.zeros(len(references), dtype=torch.bool)
     for rows, radii in zip(samples.split(500), sample_radii.split(500)):
         d = torch.cdist(rows, references)  # (b, m)
         precise.append((d <= reference_radii).any(dim=1))  # (b,)
@@ -366,8 +366,8 @@ def precision_recall(samples, references):
 
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB (B,) of images (B, 3, H, W) in [0, 1], for stage 1."""
-    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))  # (B,)
-    return -10 * error.clamp(min=1e-10).log10()  # 100 dB for equal images
+    mse = (a.float() - b.float()).square().mean(dim=(1, 2, 3))  # (B,)
+    return -10 * mse.clamp(min=1e-10).log10()  # 100 dB for equal images
 
 
 # ---------------------------------------------------------------------------------------------
@@ -382,8 +382,8 @@ def get_args():
     )
     p.add_argument("samples", nargs="?", default="out/samples.npz", help="folder or .npz")
     p.add_argument("reference", nargs="?", default="toy", help="folder, .npz or toy")
-    p.add_argument("--num", type=positive_int, help="read only the first images of each side")
-    p.add_argument("--crop", type=positive_int, help="center-crop images to this size")
+    p.add_argument("--num", type=positive_int, help="read only the first NUM images per side")
+    p.add_argument("--crop", type=positive_int, help="size of ADM's center crop")
     p.add_argument("--save", help="write the statistics of SAMPLES to this .npz and stop")
     p.add_argument("--metrics", default="fid", help="comma-separated, of fid,sfid,is,pr")
     p.add_argument("--features", help="inception (default, except for toy) or encoder:NAME")
@@ -422,11 +422,11 @@ def main():
                 if metric in samples:
                     samples[f"mu{suffix}"], samples[f"sigma{suffix}"] = samples.pop(metric)
             np.savez(args.save, **samples)
-            n = samples["n"]
-            rae.print0(f"wrote {args.save}: {n} images, {samples['size']}, {features.label}")
+            print(f"wrote {args.save}: {samples['n']} images, {samples['size']}, {features.label}")
         return
+    compared = [metric for metric in metrics if metric != "is"]  # IS needs no reference
     reference = {}
-    if compared := [metric for metric in metrics if metric != "is"]:  # IS needs no reference
+    if compared:
         reference = load_statistics(args.reference, compared, features, args, device)
     if rank > 0:
         return
@@ -436,7 +436,7 @@ def main():
         if ours and theirs and ours != theirs:
             raise UsageError(
                 f"{args.samples} has {name} {ours}, but {args.reference} has {theirs}; "
-                "pass --crop, or save new statistics"
+                "save new statistics, or for other sizes pass --crop"
             )
 
     scores = {}

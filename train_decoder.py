@@ -6,8 +6,8 @@
 
 The loss is L1 + perceptual + w * lambda * GAN (appendix C), where lambda scales the GAN's gradient
 to the norm of the reconstruction gradient. The perceptual loss and the discriminator run on
-features of frozen networks: --loss-networks published means VGG16 (LPIPS) and DINO-S/8, as in the
-paper, where w = 0.75; --loss-networks encoder means the encoder itself and needs no download.
+features of frozen networks: with --loss-networks published, VGG16 (LPIPS) and DINO-S/8 as in the
+paper, where w = 0.75; with --loss-networks encoder, the encoder itself, without any download.
 
 Writes checkpoint.pt, log.jsonl and grid_*.png (rows: images, reconstructions, reconstructions from
 noisy tokens) to --out. Rerun the same command to resume.
@@ -99,9 +99,9 @@ LPIPS_URL = (
 class ViTFeatures(nn.Module):
     """Images in [0, 1] -> tokens of five layers of a frozen ViT, (B, N, C) each.
 
-    The layers are the last block, then the last block of each quarter, so the last block appears
+    The layers are the final block, then the last block of each quarter, so the final one appears
     twice, as in the official code. For DINO-S/8 they are blocks 11, 2, 5, 8 and 11, with 784 tokens
-    each (appendix C). There is no final norm and no CLS token.
+    each (appendix C), without final norm and CLS token.
     """
 
     def __init__(self, encoder):
@@ -131,7 +131,7 @@ class VGGFeatures(nn.Module):
         super().__init__()
         self.vgg = rae.load_timm("vgg16.tv_in1k", weights)
         self.vgg.pre_logits = nn.Identity()  # drop the unused classifier (0.5 GB)
-        # LPIPS normalizes images in [-1, 1] by these.
+        # LPIPS' mean and standard deviation of images in [-1, 1]
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
         self.requires_grad_(False)
@@ -225,7 +225,7 @@ class DiscriminatorHead(nn.Module):
 class Discriminator(nn.Module):
     """The trained part of the discriminator, one head per layer of its frozen backbone.
 
-    A list of features, (B, N, C) each, -> logits (B, layers N).
+    List of features, (B, N, C) each -> logits (B, layers N).
     """
 
     def __init__(self, width, num_layers):
@@ -344,7 +344,7 @@ def get_args():
     # decoder
     p.add_argument("--size", choices=rae.DECODERS, help="size of the decoder (paper: XL)")
     p.add_argument("--upsample", type=positive_int, default=1, help="decoded size / encoded size")
-    p.add_argument("--noise-tau", type=bounded(0), default=0.8, help="noise level, 0: no noise")
+    p.add_argument("--noise-tau", type=bounded(0), default=0.8, help="noise scale, 0: no noise")
     p.add_argument("--noise-dist", choices=["uniform", "half-normal"], default="uniform")
     p.add_argument("--init", help="initial weights: a checkpoint or released:NAME")
     # losses
@@ -401,7 +401,7 @@ def learning_rate(step, args):
 
 
 def random_crop(image, size, generator, short_side):
-    """A random size x size square of a PIL image that is first resized to short_side."""
+    """Resize a PIL image's short side to short_side, then crop size x size pixels at random."""
     width = int(short_side * image.width / min(image.size))
     height = int(short_side * image.height / min(image.size))
     image = image.resize((width, height), Image.BICUBIC)
@@ -416,7 +416,7 @@ def evaluate(encoder, decoder, data, args, batch_size, lpips=None):
 
     Returns a dict and a grid of up to 16 images and their reconstructions, (3 * 16, 3, H, W).
     Numbers ending in _noisy come from tokens with noise of level --eval-sigma. The distance
-    flatters decoders trained with --loss-networks encoder, which were trained on these features.
+    flatters decoders trained with --loss-networks encoder, which optimize these features.
     """
     num = min(args.eval_num, len(data))
     indices = np.linspace(0, len(data) - 1, num).astype(int)
@@ -458,7 +458,7 @@ def main():
     rae.make_folder(out)
 
     # Data and frozen encoder. Only training sees random crops; read_batches, for statistics and
-    # evaluation, crops at the center. No flips, as in the official code.
+    # evaluation, crops at the center. Training doesn't flip images, as in the official code.
     crop = rae.center_crop
     if args.resize:
         crop = partial(random_crop, short_side=args.resize)
@@ -631,8 +631,8 @@ def main():
             rae.update_ema(ema, decoder, args.ema, step)
         optimizer.zero_grad()
 
-        # Discriminator step, on images decoded as at inference: by the updated decoder, from tokens
-        # without noise, rounded to 8 bits.
+        # Discriminator step. Fakes are clean tokens decoded by the updated decoder, then rounded to
+        # 8 bits.
         if args.disc_weight > 0 and step >= start_d:
             discriminator.train().requires_grad_(True)
             for micro, tokens in zip(micro_batches, clean_tokens):
@@ -697,7 +697,7 @@ def main():
             rae.write_log(log, {"step": done, **numbers})
             save_grid(grid, out / f"grid_{done:07d}.png", columns=len(grid) // 3)
 
-        # Save last: a checkpoint of step N implies that its log line and grid exist.
+        # Save last: a checkpoint at step N implies that its log line and grid exist.
         if rank == 0 and (done % args.save_every == 0 or final):
             checkpoint = {
                 "model": decoder.state_dict(),

@@ -4,8 +4,8 @@
     python train_diffusion.py --data FOLDER --decoder out/decoder/checkpoint.pt --out out/photos
     torchrun --standalone --nproc_per_node=8 train_diffusion.py --preset imagenet256 --out out/big
 
-Writes checkpoint.pt, log.jsonl, samples_*.png (a column each for up to ten classes, always from the
-same noise) and reconstructions.png to --out. Rerun the same command to resume.
+Writes checkpoint.pt, log.jsonl, samples_*.png (one column per class, always from the same noise),
+reconstructions.png and --keep-every's ema_*.pt to --out. Rerun the same command to resume.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from rae import (
 )
 from sample import balanced_labels, generate, load_model, save_grid
 
-# Two minutes on two CPU cores. Of the alphas we tried, from 1 to 5.66, 4 worked about best; the
+# Two minutes on two CPU cores. An alpha of 4 did about as well as any we tried, from 1 to 5.66; the
 # paper's formula gives 1 for latents this small.
 TOY = {
     "data": "toy",
@@ -100,7 +100,7 @@ data decoder encoder encoder_weights stats""".split()
 
 
 def backbone_size(text):
-    """argparse type: a name of SIZES, or width,depth,num_heads."""
+    """argparse type: a key of SIZES, or width,depth,num_heads."""
     if text in SIZES:
         return SIZES[text]
     width, depth, num_heads = map(positive_int, text.split(","))
@@ -110,7 +110,7 @@ def backbone_size(text):
 
 
 def wide_head_size(text):
-    """argparse type: none, a name of SIZES (which gets two blocks), or width,depth,num_heads."""
+    """argparse type: none, a key of SIZES (with two blocks), or width,depth,num_heads."""
     if text == "none":
         return None
     width, depth, num_heads = backbone_size(text)
@@ -123,20 +123,20 @@ def get_args():
     p.add_argument("--data", help="toy, or a folder with one subfolder per class")
     p.add_argument("--no-flip", action="store_true", help="don't mirror images")
     p.add_argument("--decoder", help="toy, a checkpoint of train_decoder.py or released:NAME")
-    p.add_argument("--encoder", help="encoder of an official decoder file")
+    p.add_argument("--encoder", help="encoder, for an official decoder file")
     p.add_argument("--encoder-weights", help="local file of the encoder's timm weights")
-    p.add_argument("--stats", help="latent statistics of an official decoder file")
+    p.add_argument("--stats", help="latent statistics, for an official decoder file")
     # model
     p.add_argument("--backbone", type=backbone_size, help="S, B, L, XL or width,depth,num_heads")
     p.add_argument("--wide-head", type=wide_head_size, help="like --backbone (paper: G), or none")
     p.add_argument("--init", help="initial weights: a checkpoint or released:NAME")
     # flow matching
-    p.add_argument("--alpha", type=bounded(0), help="schedule shift, 0: by section 4.2")
+    p.add_argument("--alpha", type=bounded(0), help="schedule shift (0: formula of section 4.2)")
     p.add_argument("--time", choices=["logit-normal", "uniform"], default="logit-normal")
-    p.add_argument("--label-drop", type=bounded(0, 1), default=0.1, help="1: without classes")
+    p.add_argument("--label-drop", type=bounded(0, 1), default=0.1, help="1: unconditional")
     # optimization
     p.add_argument("--steps", type=positive_int, help="length of the learning rate schedule")
-    p.add_argument("--stop-at", type=positive_int, help="stop at this step, before --steps")
+    p.add_argument("--stop-at", type=positive_int, help="stop early, at this step")
     p.add_argument("--global-batch-size", type=positive_int, help="images per step, all ranks")
     p.add_argument("--micro-batch-size", type=positive_int, help="images per forward pass")
     p.add_argument("--lr", type=bounded(0), help="peak learning rate (paper: 2e-4)")
@@ -160,7 +160,7 @@ def get_args():
 
 class StepBatches(Dataset):
     """Item `step` is this rank's share of that step's global batch: images (b, 3, H, W) uint8 and
-    labels (b,). rows: its positions in the global batch. micro_batches: slices of this share.
+    labels (b,). rows: its positions in the global batch; micro_batches: slices of this share.
     """
 
     def __init__(self, data, args, flip, rank, world_size):
@@ -186,7 +186,7 @@ class StepBatches(Dataset):
             flip = self.flip and torch.rand((), generator=generator) < 0.5
             images.append(self.data.load(i, generator, flip))
             labels.append(self.data.labels[i])
-        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
+        return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
@@ -266,14 +266,14 @@ def main():
     print0(f"{len(data)} images, {num_parameters:,} parameters, alpha {alpha:.3f}")
     if rank == 0:
         log = open_log(out, first_step)
-        # Reconstructions bound the quality of samples, so check them first.
+        # Samples can't beat reconstructions, so look at those first.
         batch = np.linspace(0, len(data) - 1, 16).astype(int)
         (images,) = read_batches(data, [batch], 0, device)  # (16, 3, H, W) in [0, 1]
         reconstructions = rae.decode(rae.encode(images)).clamp(0, 1)  # (16, 3, H, W)
         save_grid(torch.cat([images, reconstructions]), out / "reconstructions.png", columns=16)
         print0(f"reconstructions.png: PSNR {psnr(reconstructions, images).mean():.1f} dB")
 
-    # Sample grids: eight rows; a column each for up to ten classes
+    # Sample grids: eight rows, one column per class, up to ten
     classes = balanced_labels(range(model.num_classes), min(model.num_classes, 10))
     if args.label_drop == 1:
         classes = [model.num_classes]  # unconditional model: trained on the null label only
@@ -325,7 +325,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-        if grad_norm.isfinite():  # the only host-device sync of a step
+        if grad_norm.isfinite():  # the only host-device sync of every step
             optimizer.step()
             update_ema(ema, model, args.ema, step)
             fifth = (shift_time(t, alpha) * 5).long().clamp(max=4)  # (b,)
@@ -372,7 +372,7 @@ def main():
             )
             save_grid(grid, out / f"samples_{done:07d}.png", columns=len(classes))
 
-        # Save last: a checkpoint of step N implies that its log line and samples exist.
+        # Save last: a checkpoint at step N implies that its log line and samples exist.
         if rank == 0 and args.keep_every and done % args.keep_every == 0:
             kept = {"ema": ema.state_dict(), "config": model.config, "rae": rae_files}
             atomic_save(kept | {"settings": settings}, out / f"ema_{done:07d}.pt")
