@@ -1,13 +1,12 @@
-"""Test the paper's claims on the toy world: run the scripts, write a table and a figure.
+"""Test the paper's claims on the toy world: run the scripts and write a table.
 
-    pip install matplotlib                               # only this script's figure needs it
     python extras/paper/claims.py --quick                # one seed, too short to show anything
     python extras/paper/claims.py                        # five seeds, hours
     python extras/paper/claims.py --only compute,steps   # some experiments
 
-Writes claims.md (the table), claims.json (every number, with the command lines behind it),
-claims.png and one folder per run to out/claims (--quick: out/claims/quick). Rerun the same command
-to resume.
+Writes claims.md (the table), claims.json (every number, with the command lines behind it) and one
+folder per run to out/claims (--quick: out/claims/quick). Rerun the same command to resume.
+claims_figure.py draws the figure from docs/claims.json.
 
 A cell reads "distance in the toy encoder's features / distance in a classifier's features
 (classifier's accuracy)". Both are Frechet distances between samples and toy validation images. They
@@ -367,13 +366,7 @@ def mflop(backbone, head):
 
 # ---------------------------------------------------------------------------------------------
 # The experiments. Each plans its runs and then waits at `yield` until the runs of all experiments
-# are made. Then it yields its rows (claim, the paper's numbers, ours, differences, verdict) and its
-# panel of the figure, or None.
-
-
-def panel(title, x_label, y_label, lines):
-    """One plot. lines is {label: {x: paths}}, for "bound" {x: number}; y_label is the number."""
-    return {"title": title, "x": x_label, "y": y_label, "lines": lines}
+# are made. Then it yields its rows (claim, the paper's numbers, ours, differences, verdict).
 
 
 def width():
@@ -452,8 +445,7 @@ def width():
             "yes" if x_loss < (1 - quarter / C) / 5 else "no",
         ),
     ]
-    lines = {"bound": bound, "measured": widths, "x-prediction": {quarter: x}}
-    yield rows, panel("One image: the loss of a DiT of width d", "width d", "loss", lines)
+    yield rows
 
 
 # Plain DiTs with the default's compute or slightly more (the table has FLOPs): depth x width.
@@ -477,11 +469,9 @@ def compute():
 
     cells = {f"**DiT^DH** ({mflop(BACKBONE, HEAD):.0f} MFLOP)": ours}
     comparisons = {}
-    points = {}
     for (name, backbone), paths in plain.items():
         cells[f"DiT {name} ({mflop(backbone, 'none'):.0f} MFLOP)"] = paths
         comparisons[f"DiT^DH - {name}"] = compare(ours, paths)
-        points[int(name.split("x")[1])] = paths
     cells["DiT 2x176 at a learning rate of 8e-3"] = faster
     comparisons["DiT^DH - 2x176 at 8e-3"] = compare(ours, faster)
     images = size["default"] * TOY["global_batch_size"]
@@ -495,8 +485,7 @@ def compute():
             verdict(*comparisons.values()),
         )
     ]
-    lines = {"plain DiT": points, "DiT^DH": {int(HEAD.split(",")[0]): ours}}
-    yield rows, panel("Equal compute", "width (DiT^DH: of its head)", "classifier", lines)
+    yield rows
 
 
 def shift():
@@ -518,7 +507,7 @@ def shift():
             verdict(*comparisons.values()),
         )
     ]
-    yield rows, panel("Schedule shift", "alpha", "classifier", {"DiT^DH": every})
+    yield rows
 
 
 def own_decoder(tau):
@@ -543,33 +532,30 @@ def decoder():
     on_clean = compare(noisy, clean, ["psnr"])
     on_noisy = compare(clean, noisy, ["psnr_noisy"])
     sampled = compare(samples["tau 0.8"], samples["tau 0"])
-    yield (
-        [
-            (
-                "A decoder trained on noise loses PSNR on clean latents (4.3). This and the next "
-                f"two rows: decoders of {size['decoder']} steps; they too have the row's seeds",
-                "rFID 0.49 -> 0.57 (T15)",
-                "PSNR, dB: " + cells_text(decoders, "psnr"),
-                f"tau 0.8 - 0 {on_clean[1]}",
-                verdict(on_clean),
-            ),
-            (
-                "... and gains PSNR on noisy ones (sigma 0.4)",
-                "",
-                "PSNR, dB: " + cells_text(decoders, "psnr_noisy"),
-                f"tau 0 - 0.8 {on_noisy[1]}",
-                verdict(on_noisy),
-            ),
-            (
-                "... and improves samples",
-                "4.81 -> 4.28 (T5)",
-                cells_text(samples),
-                f"tau 0.8 - 0 {sampled[1]}",
-                verdict(sampled),
-            ),
-        ],
-        None,
-    )
+    yield [
+        (
+            "A decoder trained on noise loses PSNR on clean latents (4.3). This and the next "
+            f"two rows: decoders of {size['decoder']} steps; they too have the row's seeds",
+            "rFID 0.49 -> 0.57 (T15)",
+            "PSNR, dB: " + cells_text(decoders, "psnr"),
+            f"tau 0.8 - 0 {on_clean[1]}",
+            verdict(on_clean),
+        ),
+        (
+            "... and gains PSNR on noisy ones (sigma 0.4)",
+            "",
+            "PSNR, dB: " + cells_text(decoders, "psnr_noisy"),
+            f"tau 0 - 0.8 {on_noisy[1]}",
+            verdict(on_noisy),
+        ),
+        (
+            "... and improves samples",
+            "4.81 -> 4.28 (T5)",
+            cells_text(samples),
+            f"tau 0.8 - 0 {sampled[1]}",
+            verdict(sampled),
+        ),
+    ]
 
 
 def head():
@@ -598,7 +584,7 @@ def head():
             verdict(*comparisons.values()),
         )
     ]
-    yield rows, panel("Width of the head", "width", "classifier", {"DiT^DH": widths})
+    yield rows
 
 
 def guidance():
@@ -648,8 +634,7 @@ def guidance():
             verdict(behind),
         ),
     ]
-    lines = {"CFG": cfg, "AutoGuidance": auto}
-    yield rows, panel("Guidance", "scale", "classifier", lines)
+    yield rows
 
 
 def steps():
@@ -675,7 +660,7 @@ def steps():
             enough,
         )
     ]
-    yield rows, panel("Euler steps", "steps", "classifier", {"DiT^DH": cells})
+    yield rows
 
 
 def own_latent(name, encoder_flags):
@@ -712,19 +697,16 @@ def encoder():
         if kind != "masked"
     }
     psnr = cells_text({kind: [path] for kind, (_, path, _) in latents.items()}, "psnr")
-    yield (
-        [
-            (
-                "The representation matters, not only its dimension (3, 6): a masked "
-                "autoencoder's is better than a random encoder's and a plain autoencoder's",
-                "DINOv2-B 2.16, SD-VAE 7.13, pixels 30.56 (T2, T10, T11)",
-                f"{cells_text(cells)}; PSNR, dB: {psnr}",
-                differences_text(others),
-                verdict(*others.values()),
-            )
-        ],
-        None,
-    )
+    yield [
+        (
+            "The representation matters, not only its dimension (3, 6): a masked "
+            "autoencoder's is better than a random encoder's and a plain autoencoder's",
+            "DINOv2-B 2.16, SD-VAE 7.13, pixels 30.56 (T2, T10, T11)",
+            f"{cells_text(cells)}; PSNR, dB: {psnr}",
+            differences_text(others),
+            verdict(*others.values()),
+        )
+    ]
 
 
 def tokens():
@@ -765,7 +747,7 @@ def tokens():
                 verdict(*others.values()),
             )
         )
-    yield rows, None
+    yield rows
 
 
 EXPERIMENTS = {
@@ -781,42 +763,8 @@ EXPERIMENTS = {
 }
 
 
-def draw(panels):
-    """Draw claims.png, three panels in a row: means over the seeds and standard deviations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = math.ceil(len(panels) / 3)
-    figure, grid = pyplot.subplots(
-        rows, 3, figsize=(12, 3.4 * rows), squeeze=False, layout="constrained"
-    )
-    for axes, one in zip(grid.flat, panels):
-        key = one["y"]
-        for label, line in one["lines"].items():
-            xs = sorted(line)
-            if label == "bound":
-                axes.plot(xs, [line[x] for x in xs], color="grey", linewidth=1, label=label)
-                continue
-            points = [average_and_deviation(line[x], key) for x in xs]
-            heights, spreads = zip(*points)
-            axes.errorbar(xs, heights, spreads, marker="o", capsize=3, label=label)
-        if max(xs) >= 8 * min(xs) > 0:
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(xs, [f"{x:g}" for x in xs])
-        axes.set_ylim(bottom=0)
-        unit = "distance, classifier's features" if key == "classifier" else key
-        axes.set(title=one["title"], xlabel=one["x"], ylabel=unit)
-        if len(one["lines"]) > 1:
-            axes.legend()
-    for axes in grid.flat[len(panels) :]:
-        axes.axis("off")
-    figure.savefig(f"{out}/claims.png", dpi=100)
-
-
 def write_table(rows, names, val_accuracy):
-    """Write claims.md: what the numbers are, the rows, and the figure."""
+    """Write claims.md: what the numbers are, and the rows."""
     hours = sum(results[path]["seconds"] for path in planned if path in results) / 3600
     left_out = ", ".join(name for name in EXPERIMENTS if name not in names) or "none"
     about = (
@@ -827,7 +775,7 @@ def write_table(rows, names, val_accuracy):
     heading = ("claim", "the paper (ImageNet)", "here (toy world)", "differences", "shown here?")
     table = ["| " + " | ".join(row) + " |" for row in [heading, ("---",) * 5, *rows]]
     explanation = __doc__.split("\n\n", 3)[-1].strip()
-    text = "\n".join([explanation, "", about, "", *table, "", "![The claims](claims.png)", ""])
+    text = "\n".join([explanation, "", about, "", *table, ""])
     Path(out, "claims.md").write_text(text)
     print(f"{text}\nwrote {out}/claims.md")
 
@@ -845,10 +793,6 @@ def main():
     names = args.only.split(",") if args.only else list(EXPERIMENTS)
     if not EXPERIMENTS.keys() >= set(names):
         raise UsageError(f"--only {args.only}: must be of {','.join(EXPERIMENTS)}")
-    try:
-        import matplotlib  # noqa: F401  (now, not after hours of runs)
-    except ImportError:
-        raise UsageError("the figure needs matplotlib: pip install matplotlib") from None
 
     os.chdir(ROOT)
     torch.set_num_threads(1)
@@ -861,18 +805,10 @@ def main():
     print(f"{len(planned)} runs, {len(planned) - len(missing())} of them done", flush=True)
     judge = Judge()
     make_runs(args.jobs, judge)
-    rows = []
-    panels = []
-    for experiment in experiments:
-        more_rows, one_panel = next(experiment)
-        rows += more_rows
-        if one_panel is not None:
-            panels.append(one_panel)
+    rows = [row for experiment in experiments for row in next(experiment)]
     if args.quick:
         rows = [(*row[:4], "too short") for row in rows]
     save_results(rows=rows, val_accuracy=judge.val_accuracy)
-    if panels:
-        draw(panels)
     write_table(rows, names, judge.val_accuracy)
 
 
