@@ -109,7 +109,7 @@ write(80, 30.5, "head:\nshallow, wide")
 arrow((82, 43), (88, 46))
 picture(88, 46.5, model(x_t, torch.tensor([0.8]), heart), "velocity v")
 picture(88, 34.5, eps - z, "eps - z", title_y=-6.2)
-write(91.3, 40.5, "loss ↕")
+write(92.5, 40.5, "loss ↕")
 
 axes.text(2, 22.3, "3. Sample", weight="bold")
 picture(2, 12, start, "noise, t = 1")
