@@ -24,7 +24,7 @@ from toy import world
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests/golden"
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "extras/README.md"]
 PHOTOGRAPHS = ROOT.parent / "shared" / "data"  # real ones, where they are at hand
 
 # Flags that make a command small enough for a test. They come last, and so they win.
