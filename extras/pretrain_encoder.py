@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rae import (  # noqa: E402
@@ -100,6 +101,7 @@ def get_args():
         default=128,
         help="images per step",
     )
+    p.add_argument("--workers", type=non_negative_int, default=0, help="data loading processes")
     p.add_argument("--lr", type=bounded(0), default=2e-3, help="peak learning rate")
     p.add_argument("--seed", type=non_negative_int, default=0, help="random seed")
     devices = available_devices()
@@ -149,8 +151,10 @@ def main():
     print(f"{args.device}: {len(data)} images, {num_parameters:.2f}M parameters", flush=True)
 
     start = time.perf_counter()
-    for step in range(args.steps):
-        images, _ = batches[step]
+    loader = DataLoader(
+        batches, batch_size=None, sampler=range(args.steps), num_workers=args.workers
+    )
+    for step, (images, _) in enumerate(loader):
         images = images.to(args.device).float() / 127.5 - 1  # (B, 3, H, W)
         generator = seeded_generator("mask", args.seed, step, device=args.device)
         u = torch.rand(len(images), model.num_tokens, generator=generator, device=args.device)
@@ -167,7 +171,7 @@ def main():
         done = step + 1
         if done % max(1, args.steps // 10) == 0:
             rate = done * args.global_batch_size / (time.perf_counter() - start)
-            print(f"step {done}  loss {loss.item():.4f}  {rate:.0f} images/s", flush=True)
+            print(f"step {done}  loss {loss.item():.4f}  images_per_s {rate:.0f}", flush=True)
 
     # Mean and std 0.5 turn [0, 1] into the [-1, 1] of this training.
     state = {name: weight.cpu() for name, weight in model.vit.state_dict().items()}

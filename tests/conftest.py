@@ -105,6 +105,19 @@ def trained(run, trained_once):
     return run
 
 
+@pytest.fixture
+def snapshots(monkeypatch):
+    """Copy a run's folder OUT to OUT.STEP after each save: what a kill at that time leaves."""
+    atomic_save = rae.atomic_save
+
+    def save_and_copy(content, path):
+        atomic_save(content, path)
+        if "step" in content:
+            shutil.copytree(path.parent, f"{path.parent}.{content['step']}", dirs_exist_ok=True)
+
+    monkeypatch.setattr(rae, "atomic_save", save_and_copy)
+
+
 @pytest.fixture(scope="session")
 def golden():
     return {name: load(GOLDEN / f"{name}.pt") for name in ("rae", "dit_dh", "dit", "stage1")}

@@ -70,7 +70,7 @@ FEW = "--global-batch-size 2 --steps 1 --workers 0 --no-compile"
 COMMANDS = [
     ("extras/pretrain_encoder.py", "--data photos --out e/enc.pt --image-size 24 --patch 12 "
      "--width 16 --depth 1 --heads 2 --mask 0.25 --steps 3 --batch-size 4 --lr 0.001 --seed 3 "
-     "--device cpu"),
+     "--workers 1 --device cpu"),
     ("train_decoder.py", f"{PHOTOS} --val-data photos_val --resize 26 --noise-tau 0.5 "
      "--noise-dist half-normal --perceptual-weight 0 --disc-weight 0.3 --starts 0 0.3 0.4 "
      "--steps 3 --lr 0.001 --lr-end 0.0001 --warmup 1 --ema 0.9 --seed 2 --out d/a --log-every 1 "

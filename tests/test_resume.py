@@ -29,20 +29,6 @@ from tests.conftest import (
     save_images,
 )
 
-
-@pytest.fixture
-def snapshots(monkeypatch):
-    """Copy a run's folder OUT to OUT.STEP after each save: what a kill at that time leaves."""
-    atomic_save = R.atomic_save
-
-    def save_and_copy(content, path):
-        atomic_save(content, path)
-        if "step" in content:
-            shutil.copytree(path.parent, f"{path.parent}.{content['step']}", dirs_exist_ok=True)
-
-    monkeypatch.setattr(R, "atomic_save", save_and_copy)
-
-
 # ---------------------------------------------------------------------------------------------
 # The same run
 

@@ -88,7 +88,7 @@ def test_the_copy_holds_no_answers(tmp_path):
     assert done.stdout.count("pytest ") == 12
     assert {f.name for f in ROOT.glob("*.py")} == {f.name for f in copy.glob("*.py")}
     assert (copy / "toy/decoder.pt").exists()
-    for name in ("LICENSE", "pyproject.toml", "docs/images/method.png", "extras/bench.py"):
+    for name in ("LICENSE", "pyproject.toml", "docs/images/method.png", "extras/budget.py"):
         assert (copy / name).exists(), name
     for name in (".git", "extras/course/hidden.py", "extras/course/mutants.py"):
         assert not (copy / name).exists()

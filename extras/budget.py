@@ -1,57 +1,42 @@
-"""Speed and memory of training steps and of sampling, as one JSON object.
+"""What training takes: memory, FLOPs and hours, computed without a GPU, as one JSON object.
 
-    python extras/bench.py                          # all sizes, minutes
-    python extras/bench.py --sizes toy --seconds 1
-    python extras/bench.py --seconds 0              # only what is computed, two minutes
+    python extras/budget.py                     # five minutes on two CPU cores
 
-The computed numbers need no GPU. The steps of both stages run on fake tensors, which have shapes
-and storages but no values. We count the peak number of bytes held, the FLOPs of matrix products and
-attention, and the bytes that all other operations read and write. From these follow the batch sizes
-that fit and the hours of the paper's runs.
-
-Each measured case runs in its own process, which gives its own peak memory (CUDA: allocated; CPU:
-resident, minus what the process holds after the imports). "share" is the FLOP/s over those of large
-matrix products on this machine, at the same precision. "host_reads" counts the host-device syncs of
-a step.
+The steps of both stages run on fake tensors, which have shapes and storages but no values. We count
+the peak number of bytes held, the FLOPs of matrix products and attention, and the bytes that all
+other operations read and write. From these follow the batch sizes that fit and the hours of the
+paper's runs. extras/gpu_check.py measures on a GPU.
 """
 
-import argparse
 import contextlib
-import copy
 import json
-import math
-import resource
-import subprocess
 import sys
-import time
 import weakref
+from functools import lru_cache
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dit_dh import SIZES, DiTDH, flow_loss, sample, shift_alpha, time_grid  # noqa: E402
-from rae import DECODERS, RAE, Decoder, Encoder, setup_distributed, update_ema  # noqa: E402
+from dit_dh import SIZES, DiTDH, flow_loss, shift_alpha  # noqa: E402
+from rae import DECODERS, RAE, Decoder, Encoder, update_ema  # noqa: E402
 
 HEAD = (SIZES["G"][0], 2, SIZES["G"][2])
-# name: latent_dim, grid_size, backbone, wide_head, batch size on a CPU, batch size on a GPU
-CASES = {
-    "toy": (128, 4, (64, 8, 2), (128, 1, 4), 64, 1024),
-    "tokens64": (128, 8, (128, 4, 4), (256, 2, 8), 64, 1024),
+# name: latent_dim, grid_size, backbone, wide_head
+MODELS = {
+    "tiny": (32, 4, (16, 1, 2), (32, 1, 2)),
+    "S": (768, 16, SIZES["S"], HEAD),
+    "XL": (768, 16, SIZES["XL"], HEAD),
 }
-for size in ("S", "B", "L", "XL"):
-    CASES[size] = (768, 16, SIZES[size], HEAD, 2, 64)
-TRAINED = ("toy", "tokens64", "S", "XL")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build(name, grid_size=None):
-    latent_dim, own_grid_size, backbone, wide_head, _, _ = CASES[name]
+    latent_dim, own_grid_size, backbone, wide_head = MODELS[name]
     return DiTDH(latent_dim, grid_size or own_grid_size, backbone, wide_head, num_classes=1000)
 
 
@@ -67,8 +52,14 @@ def mean_loss(model, z, y, t, eps, autocast=contextlib.nullcontext()):
         return flow_loss(model, z, y, shift_alpha(*z.shape[1:]), t, eps).mean()
 
 
+def adamw(module):
+    return torch.optim.AdamW(
+        module.parameters(), lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+
+
 # ---------------------------------------------------------------------------------------------
-# Computed on fake tensors
+# Counting
 
 aten = torch.ops.aten
 COUNTS = flop_registry | {  # torch's table lacks attention on CPUs, where fake tensors live
@@ -125,16 +116,14 @@ class Costs(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def flops(name, grid_size=None):
-    """FLOPs per image of a training step and of one evaluation of the model."""
+@lru_cache
+def flops(name):
+    """FLOPs per image of a training step."""
     with FakeTensorMode():
-        model = build(name, grid_size)
-        with Costs() as train:
+        model = build(name)
+        with Costs() as costs:
             mean_loss(model, *random_batch(model, 1)).backward()
-        z, y, t, _ = random_batch(model, 1)
-        with torch.no_grad(), Costs() as evaluation:
-            model(z, t, y)
-    return train.flops, evaluation.flops
+    return costs.flops
 
 
 class HostReads(TorchDispatchMode):
@@ -156,6 +145,10 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+# ---------------------------------------------------------------------------------------------
+# Steps on fake tensors
+
+
 def random_encoder(model, image_size):
     """The frozen Encoder with a timm ViT for images of this size, with random weights."""
     import timm
@@ -169,12 +162,6 @@ def random_encoder(model, image_size):
 
 def dinov2(image_size):
     return random_encoder("vit_base_patch14_reg4_dinov2", image_size * 14 // 16)
-
-
-def adamw(module):
-    return torch.optim.AdamW(
-        module.parameters(), lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-    )
 
 
 def diffusion_step(name, image_size, micro_batch_size, num_micro_batches=2, checkpointed=False):
@@ -215,13 +202,13 @@ def decoder_step(image_size, micro_batch_size, num_micro_batches=1, checkpointed
 
     import train_decoder as T
 
-    # Nothing is downloaded: VGG16 too has random weights.
-    T.rae.load_timm = lambda model, weights: timm.create_model("vgg16", num_classes=0)
     bf16 = torch.autocast("cpu", torch.bfloat16)
     with FakeTensorMode(), Costs() as costs:
         encoder = dinov2(image_size)
         weights = [torch.rand(width) for width in (64, 128, 256, 512, 512)]
-        lpips = T.PerceptualLoss(T.VGGFeatures(), weights)
+        vgg = timm.create_model("vgg16", num_classes=0)
+        with patch.object(T.rae, "load_timm", return_value=vgg):  # nothing is downloaded
+            lpips = T.PerceptualLoss(T.VGGFeatures(), weights)
         disc_backbone = T.ViTFeatures(random_encoder("vit_small_patch8_224", 224))
         discriminator = T.Discriminator(disc_backbone.width, disc_backbone.num_layers)
         decoder = Decoder(768, encoder.grid_size, 16, *DECODERS["XL"])
@@ -327,182 +314,16 @@ def presets():
     return rows
 
 
-# ---------------------------------------------------------------------------------------------
-# Measured on this machine
-
-
-def fastest(run, device, seconds):
-    """Seconds of the fastest call of `run` within the given time, after two calls of warm-up.
-
-    The fastest is the one that other programs on the machine disturbed least.
-    """
-    best = math.inf
-    first_start = time.time()
-    calls = 0
-    while calls < 3 or time.time() - first_start < seconds:
-        start = time.time()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if calls > 1:
-            best = min(best, time.time() - start)
-        calls += 1
-    return best
-
-
-def rate(device, precision, seconds):
-    """GFLOP/s of a large matrix product."""
-    n = 8192 if device == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=DTYPES[precision])
-    b = torch.randn(n, n, device=device, dtype=DTYPES[precision])
-    return 2 * n**3 / 1e9 / fastest(lambda: a @ b, device, seconds)
-
-
-def held_at_most():
-    """Peak resident bytes of this process. (On Linux ru_maxrss starts at the parent's peak.)"""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def memory(device):
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return held_at_most()
-
-
-def setup(device, precision):
-    """Set the precision as the training scripts do; returns the autocast context."""
-    return setup_distributed(argparse.Namespace(device=device, precision=precision))[3]
-
-
-def train(name, precision, compiled, device, seconds):
-    """A training step of train_diffusion.py, from latents instead of images."""
-    autocast = setup(device, precision)
-    before = memory(device)
-    torch.manual_seed(0)
-    model = build(name).to(device)
-    batch_size = CASES[name][5 if device == "cuda" else 4]
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = adamw(model)
-    batch = [tensor.to(device) for tensor in random_batch(model, batch_size)]
-    if compiled:
-        for block in model.blocks:
-            block.compile(dynamic=False)
-
-    def step():
-        mean_loss(model, *batch, autocast).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if norm.isfinite():
-            optimizer.step()
-            update_ema(ema, model, 0.9995, 10**5)
-        optimizer.zero_grad()
-
-    best = fastest(step, device, seconds)
-    memory_gb = (memory(device) - before) / 1e9
-    with HostReads() as reads:
-        step()
-    return {
-        "batch": batch_size,
-        "images_per_s": batch_size / best,
-        "memory_gb": memory_gb,
-        "host_reads": reads.count,
-    }
-
-
-@torch.no_grad()
-def draw(name, grid_size, device, precision):
-    """One image in 50 steps, without guidance and with AutoGuidance by an S.
-
-    Skipped if it would take more than a minute, judging by two steps.
-    """
-    autocast = setup(device, precision)
-    before = memory(device)
-    model = build(name, grid_size).to(device).eval()
-    guidance = {"guidance_model": build("S", grid_size).to(device).eval(), "guidance_scale": 1.42}
-    noise = torch.randn(1, grid_size**2, model.latent_dim, device=device)
-    y = torch.zeros(1, dtype=torch.long, device=device)
-
-    def latency(steps, **guidance):
-        start = time.time()
-        with autocast:
-            sample(model, noise, y, time_grid(steps, 1.0), **guidance).sum().item()
-        return time.time() - start
-
-    latency(2, **guidance)  # warm-up
-    if latency(2) * 25 > 60:
-        return {"note": "more than a minute"}
-    result = {"seconds": latency(50), "memory_gb": (memory(device) - before) / 1e9}
-    result["seconds_autoguidance"] = latency(50, **guidance)
-    return result
-
-
-def run_in_process(*call):
-    """The result of a function of this file, called in a new process."""
-    command = [sys.executable, __file__, "--call", json.dumps(call)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    p.add_argument("--sizes", default=",".join(CASES), help="any of " + ",".join(CASES))
-    p.add_argument("--seconds", type=float, default=10, help="per case, 0: compute only")
-    p.add_argument("--call", help=argparse.SUPPRESS)
-    args = p.parse_args()
-    if args.call:
-        function, *rest = json.loads(args.call)
-        print(json.dumps(globals()[function](*rest)))
-        return
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    machine = f"cpu, {torch.get_num_threads()} threads"
-    if device == "cuda":
-        machine = torch.cuda.get_device_name()
-    result = {"machine": machine, "torch": torch.__version__, "train": [], "sample": [], "fits": []}
-    if args.seconds:
-        result["gflops"] = {p: run_in_process("rate", device, p, args.seconds) for p in DTYPES}
-
-    for name in args.sizes.split(","):
-        # Training steps.
-        if args.seconds and name in TRAINED:
-            step_flops, _ = flops(name)
-            for precision in DTYPES:
-                for compiled in (False, True):
-                    row = {
-                        "size": name,
-                        "precision": precision,
-                        "compile": compiled,
-                        "gflop": step_flops / 1e9,
-                    }
-                    row |= run_in_process("train", name, precision, compiled, device, args.seconds)
-                    if "images_per_s" in row:
-                        gflops = row["images_per_s"] * step_flops / 1e9
-                        row["share"] = gflops / result["gflops"][precision]
-                    result["train"].append(row)
-                    print(row, file=sys.stderr)
-
-        # Micro-batches that fit, and sampling.
-        for image_size in (256, 512) if name in ("S", "XL") else ():
+    result = {"presets": presets(), "fits": []}
+    for image_size in (256, 512):
+        for name in ("S", "XL"):
             for checkpointed in (False, True):
-                images = fits(diffusion_step, name, image_size, checkpointed=checkpointed)
                 row = {"size": name, "px": image_size, "checkpointed": checkpointed}
-                result["fits"].append(row | images)
-        for grid_size in (16, 32) if name in SIZES and args.seconds else ():
-            _, evaluation_flops = flops(name, grid_size)
-            precision = "bf16" if device == "cuda" else "fp32"
-            row = {"size": name, "tokens": grid_size**2, "gflop": evaluation_flops / 1e9}
-            row |= run_in_process("draw", name, grid_size, device, precision)
-            result["sample"].append(row)
-            print(row, file=sys.stderr)
-    if "XL" in args.sizes:
-        result["presets"] = presets()
-        for image_size in (256, 512):
-            row = {"size": "decoder", "px": image_size, "checkpointed": False}
-            result["fits"].append(row | fits(decoder_step, image_size))
+                row |= fits(diffusion_step, name, image_size, checkpointed=checkpointed)
+                result["fits"].append(row)
+        row = {"size": "decoder", "px": image_size, "checkpointed": False}
+        result["fits"].append(row | fits(decoder_step, image_size))
     print(json.dumps(result, indent=1))
 
 
