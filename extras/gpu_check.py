@@ -1,6 +1,6 @@
 """One command that checks a GPU: its speed, its memory, the ImageNet presets and the GPU tests.
 
-    python extras/gpu_check.py                       # about ten minutes on an H100
+    python extras/gpu_check.py                       # on an H100 10 to 15 minutes, we guess
     python extras/gpu_check.py --only matmul,train   # some parts only
     python extras/gpu_check.py --cifar10 FOLDER      # all stages on CIFAR-10 too, 9 minutes more
     python extras/gpu_check.py --tiny                # tests this script, also on a CPU
@@ -46,6 +46,7 @@ from rae import UsageError, check_same_run, make_folder  # noqa: E402
 from toy.world import toy_images  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BF16 = torch.autocast(DEVICE, torch.bfloat16)
 
 # What the parts run: (on a GPU, with --tiny). get_args adds them to the flags.
 SIZES = {
@@ -86,8 +87,8 @@ SIZES = {
 
 
 def setup(precision):
-    """Set the precision as the training scripts do; returns the autocast context."""
-    return rae.setup_distributed(argparse.Namespace(device=DEVICE, precision=precision))[3]
+    """Set TF32 and the allowed attention kernels as the training scripts do."""
+    rae.setup_distributed(argparse.Namespace(device=DEVICE, precision=precision))
 
 
 def fastest(run, seconds):
@@ -123,7 +124,7 @@ def peak_gb():
 
 
 def matmul_tflops(precision, args):
-    """TFLOP/s of a large matrix product."""
+    """TFLOP/s of a large matrix product. Leaves the process set up for this precision."""
     setup(precision)
     n = args.matmul_size
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -138,7 +139,6 @@ def measure_step(name, args, tflops, micro_batches=2, mode="default", no_ema=Fal
     None for eager mode.
     """
     reset_peak()
-    autocast = setup("bf16")
     torch.manual_seed(0)
     with torch.device(DEVICE):
         model = build(name)
@@ -151,7 +151,7 @@ def measure_step(name, args, tflops, micro_batches=2, mode="default", no_ema=Fal
 
     def step():
         for _ in range(micro_batches):
-            (mean_loss(model, *batch, autocast) / micro_batches).backward()
+            (mean_loss(model, *batch, BF16) / micro_batches).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if norm.isfinite():
             if not no_adam:
@@ -228,7 +228,7 @@ def attention_kernel():
 
 def sampling(args):
     """Latents of the large model, without guidance and with AutoGuidance by the small one."""
-    autocast = setup("bf16")
+    setup("bf16")
     with torch.device(DEVICE):
         model = build(args.models[-1]).eval()
         guide = build(args.models[0]).eval()
@@ -239,7 +239,7 @@ def sampling(args):
         for guidance_model in (None, guide):
 
             def draw():
-                with autocast:
+                with BF16:
                     sample(model, noise, y, timesteps, guidance_model=guidance_model)
 
             reset_peak()
@@ -309,6 +309,8 @@ def presets(args):
                 "memory_gb": peak_gb(),
                 "computed_gb": COMPUTED_GB[what],
             }
+        for stage in ("train_decoder", "train_diffusion"):  # 20 GB
+            shutil.rmtree(work / f"{stage}_{preset}")
 
 
 def random_weights(folder):
@@ -406,7 +408,7 @@ PARTS = {  # name: function, time limit in seconds
     "train": (train, 180),
     "variants": (variants, 300),
     "sample": (sampling, 120),
-    "presets": (presets, 420),
+    "presets": (presets, 600),
     "tests": (gpu_tests, 180),
     "cifar10": (cifar10, 900),
 }

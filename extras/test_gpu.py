@@ -152,7 +152,9 @@ def test_host_device_syncs_of_a_step(run, device, script, flags, reads):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            run(script, f"{flags} --steps {steps} --out {steps}", tiny=False)
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                run(script, f"{flags} --steps {steps} --out {steps}", tiny=False)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         syncs.append(sum("synchronizing" in str(warning.message) for warning in caught))
     assert syncs[1] - syncs[0] == 2 * reads
