@@ -12,7 +12,6 @@ import contextlib
 import json
 import sys
 import weakref
-from functools import lru_cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -116,7 +115,6 @@ class Costs(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-@lru_cache
 def flops(name):
     """FLOPs per image of a training step."""
     with FakeTensorMode():

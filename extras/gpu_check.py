@@ -132,11 +132,16 @@ def matmul_tflops(precision, args):
     return 2 * n**3 / 1e12 / fastest(lambda: a @ a, args.seconds)
 
 
-def measure_step(name, args, tflops, micro_batches=2, mode="default", no_ema=False, no_adam=False):
+def full_speed(name, args):
+    """images/s of training steps at the FLOP/s of matrix products."""
+    return 1e12 * matmul_tflops("bf16", args) / flops(name)
+
+
+def measure_step(name, args, limit, micro_batches=2, mode="default", no_ema=False, no_adam=False):
     """Speed and peak memory of a training step of train_diffusion.py, from latents not images.
 
-    share is the FLOP/s relative to `tflops`, those of a matrix product. mode is torch.compile's, or
-    None for eager mode.
+    share is the speed relative to `limit`, from full_speed. mode is torch.compile's, or None for
+    eager mode.
     """
     reset_peak()
     torch.manual_seed(0)
@@ -161,7 +166,7 @@ def measure_step(name, args, tflops, micro_batches=2, mode="default", no_ema=Fal
         optimizer.zero_grad()
 
     images_per_s = micro_batches * args.micro_batch_size / fastest(step, args.seconds)
-    share = images_per_s * flops(name) / 1e12 / tflops
+    share = images_per_s / limit
     return {"images_per_s": images_per_s, "share": share, "memory_gb": peak_gb()}
 
 
@@ -177,12 +182,12 @@ def matmul(args):
 
 def train(args):
     """Training steps of DiT^DH, eager and compiled, with one and two micro-batches."""
-    tflops = matmul_tflops("bf16", args)
     for name in args.models:
+        limit = full_speed(name, args)
         for how, mode in (("eager", None), ("compiled", "default")):
             for micro_batches in (1, 2):
                 what = f"DiT^DH-{name}, {how}, {micro_batches} x {args.micro_batch_size}"
-                yield {"what": what} | measure_step(name, args, tflops, micro_batches, mode)
+                yield {"what": what} | measure_step(name, args, limit, micro_batches, mode)
 
 
 # Options of measure_step, and the attention backend. The riskiest variants come last.
@@ -201,11 +206,12 @@ VARIANTS = {
 def variants(args):
     """One change at a time to the large model's compiled step with two micro-batches."""
     yield {"what": "kernel of the backbone's attention", "note": attention_kernel()}
-    tflops = matmul_tflops("bf16", args)
+    model = args.models[-1]
+    limit = full_speed(model, args)
     for name, (options, backend) in VARIANTS.items():
         try:
             with sdpa_kernel(backend) if backend else contextlib.nullcontext():
-                numbers = measure_step(args.models[-1], args, tflops, **options)
+                numbers = measure_step(model, args, limit, **options)
         except Exception as error:  # torch has many types for what does not run here
             traceback.print_exc()
             numbers = {"note": f"failed: {str(error).strip().splitlines()[0]}"}
@@ -288,12 +294,8 @@ def presets(args):
     """A few steps of both ImageNet presets of both stages, as each of eight GPUs would run them."""
     work = Path(args.out, "work")
     decoder_flags = [*random_weights(work), *args.decoder.split()]
-    common = [
-        "--data",
-        args.photos or toy_photos(work / "photos", args.num_photos),
-        "--workers",
-        args.workers,
-    ]
+    photos = args.photos or toy_photos(work / "photos", args.num_photos)
+    common = ["--data", photos, "--workers", args.workers]
     for preset in ("imagenet256", "imagenet512"):
         dit_flags = ["--decoder", work / f"train_decoder_{preset}/checkpoint.pt", *args.dit.split()]
         for stage, flags in (("train_decoder", decoder_flags), ("train_diffusion", dit_flags)):
@@ -347,9 +349,9 @@ def gpu_tests(args):
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "extras/test_gpu.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout + done.stderr)
-    last = done.stdout.strip().splitlines()[-1]
+    last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped)", last)}
-    yield {"what": shlex.join(command[1:])} | counts
+    yield {"what": "pytest -m gpu extras/test_gpu.py"} | counts
     if done.returncode != 0:
         raise UsageError(f"pytest: {last}")
 
