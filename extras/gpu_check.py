@@ -1,6 +1,6 @@
 """One command that checks a GPU: its speed, its memory, the ImageNet presets and the GPU tests.
 
-    python extras/gpu_check.py                       # on an H100 10 to 15 minutes, we guess
+    python extras/gpu_check.py                       # an estimated 10 to 15 minutes on an H100
     python extras/gpu_check.py --only matmul,train   # some parts only
     python extras/gpu_check.py --cifar10 FOLDER      # all stages on CIFAR-10 too, 9 minutes more
     python extras/gpu_check.py --tiny                # tests this script, also on a CPU
