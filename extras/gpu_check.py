@@ -5,10 +5,10 @@
     python extras/gpu_check.py --cifar10 FOLDER   # all stages on CIFAR-10 too, 9 minutes more
     python extras/gpu_check.py --tiny             # tests this script, also on a CPU
 
-Nothing is downloaded: frozen networks get random weights of the right shapes. Every part runs in a
-process of its own with a time limit, so a part that fails or hangs does not cost the others. Prints
-a table per part, and writes results.json and what each part printed (PART.log) to --out. Rerun the
-same command to resume: it repeats only the parts that did not finish.
+Nothing is downloaded: frozen networks get random weights of the right shapes. Each part has its own
+process and time limit, so one that fails or hangs does not stop the others. Prints a table per
+part, and writes results.json and each part's output (PART.log) to --out. Rerun the same command to
+resume: it repeats only the parts that did not finish.
 """
 
 import argparse
@@ -31,6 +31,7 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from budget import adamw, build, flops, mean_loss, random_batch
 from PIL import Image
@@ -48,7 +49,7 @@ from toy.world import toy_images  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = torch.autocast(DEVICE, torch.bfloat16)
 
-# What the parts run: (on a GPU, with --tiny). get_args adds them to the flags.
+# What the parts run: (on a GPU, with --tiny). get_args adds these to args.
 SIZES = {
     "seconds": (2, 0),  # per measurement
     "matmul_size": (8192, 256),
@@ -58,16 +59,16 @@ SIZES = {
     "euler_steps": (50, 2),
     "sample_batch_size": (16, 2),
     "num_photos": (64, 4),
-    # Flags of the presets. The last ten steps are logged apart, after compilation.
+    # Flags of the presets. The last ten steps are timed alone, after compilation.
     "workers": (min(12, os.cpu_count()), 0),
-    "steps": ("--steps 20 --log-every 10", "--steps 2 --no-compile --global-batch-size 2"),
+    "preset_flags": ("--steps 20 --log-every 10", "--steps 2 --no-compile --global-batch-size 2"),
     "decoder": (
         "--starts 0 0 0 --eval-num 64",  # all losses from the start
         "--starts 0 1 1 --eval-num 2 --size toy --image-size 32 --resize 40",
     ),
     "dit": ("", "--backbone 16,1,2 --wide-head 16,1,2"),
-    # CIFAR-10. The encoder makes 64 tokens of 192 channels. By the square-root law, their alpha is
-    # 4 sqrt(64 * 192 / 2048), from the toy's 4 at 2,048 numbers. No GPU has tried these settings.
+    # CIFAR-10. The encoder makes 64 tokens of 192 channels. alpha is 4 sqrt(64 * 192 / 2048): the
+    # toy's 4, scaled from its 2,048 numbers. These settings have not been tried on a GPU.
     "cifar10_seconds": ((60, 90, 240), (1, 1, 1)),
     "cifar10_batch_size": (256, 8),
     "cifar10_probe": (100, 4),  # steps
@@ -94,25 +95,26 @@ def setup(precision):
 def fastest(run, seconds):
     """Seconds of the fastest call of `run` within the given time, after two calls of warm-up.
 
-    The fastest is the one that other programs on the machine disturbed least.
+    The fastest call is the one that other programs disturbed least.
     """
+    run()
+    run()
     best = math.inf
-    first_start = time.perf_counter()
-    calls = 0
-    while calls < 3 or time.perf_counter() - first_start < seconds:
+    end = time.perf_counter() + seconds
+    while best == math.inf or time.perf_counter() < end:
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
         start = time.perf_counter()
         run()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        if calls > 1:
-            best = min(best, time.perf_counter() - start)
-        calls += 1
+        best = min(best, time.perf_counter() - start)
     return best
 
 
 def reset_peak():
-    gc.collect()
     torch._dynamo.reset()  # forget compiled blocks
+    gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -133,12 +135,12 @@ def matmul_tflops(precision, args):
 
 
 def full_speed(name, args):
-    """images/s of training steps at the FLOP/s of matrix products."""
+    """images/s of training if all FLOPs ran at the speed of large matrix products."""
     return 1e12 * matmul_tflops("bf16", args) / flops(name)
 
 
 def measure_step(name, args, limit, micro_batches=2, mode="default", no_ema=False, no_adam=False):
-    """Speed and peak memory of a training step of train_diffusion.py, from latents not images.
+    """Speed and peak memory of a training step of train_diffusion.py, given latents.
 
     share is the speed relative to `limit`, from full_speed. mode is torch.compile's, or None for
     eager mode.
@@ -171,7 +173,7 @@ def measure_step(name, args, limit, micro_batches=2, mode="default", no_ema=Fals
 
 
 # ---------------------------------------------------------------------------------------------
-# Parts that measure. They yield the rows of a table one by one: a failure keeps earlier rows.
+# Parts that measure. They yield the rows of a table one by one, so a failure keeps earlier rows.
 
 
 def matmul(args):
@@ -205,17 +207,20 @@ VARIANTS = {
 
 def variants(args):
     """One change at a time to the large model's compiled step with two micro-batches."""
+    # Compiled code in torch's cache might have been made for another attention backend.
+    torch._inductor.config.force_disable_caches = True
     yield {"what": "kernel of the backbone's attention", "note": attention_kernel()}
-    model = args.models[-1]
-    limit = full_speed(model, args)
-    for name, (options, backend) in VARIANTS.items():
+    name = args.models[-1]
+    limit = full_speed(name, args)
+    for what, (options, backend) in VARIANTS.items():
+        context = contextlib.nullcontext() if backend is None else sdpa_kernel(backend)
         try:
-            with sdpa_kernel(backend) if backend else contextlib.nullcontext():
-                numbers = measure_step(model, args, limit, **options)
-        except Exception as error:  # torch has many types for what does not run here
+            with context:
+                numbers = measure_step(name, args, limit, **options)
+        except Exception as error:  # torch raises many types; the traceback goes to the log
             traceback.print_exc()
-            numbers = {"note": f"failed: {str(error).strip().splitlines()[0]}"}
-        yield {"what": name} | numbers
+            numbers = {"note": f"failed: {type(error).__name__}"}
+        yield {"what": what} | numbers
 
 
 def attention_kernel():
@@ -229,7 +234,8 @@ def attention_kernel():
         if DEVICE == "cuda":
             torch.cuda.synchronize()
     own_time = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
-    return max(profiler.key_averages(), key=lambda event: getattr(event, own_time)).key
+    events = sorted(profiler.key_averages(), key=lambda event: getattr(event, own_time))
+    return events[-1].key if events else "unknown: the profiler saw nothing"
 
 
 def sampling(args):
@@ -262,16 +268,21 @@ def sampling(args):
 # Parts that run scripts
 
 
+class Tee(io.StringIO):
+    """Keeps what is written, and passes it on to stdout at once."""
+
+    def write(self, text):
+        sys.__stdout__.write(text)
+        sys.__stdout__.flush()
+        return super().write(text)
+
+
 def run(script, *words):
     """Run a script of this repository in this process; returns what it printed."""
     sys.argv = [script, *map(str, words)]
     print(f"$ python {shlex.join(sys.argv)}", flush=True)
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            importlib.import_module(Path(script).stem).main()
-    finally:
-        print(printed.getvalue(), flush=True)
+    with contextlib.redirect_stdout(Tee()) as printed:
+        importlib.import_module(Path(script).stem).main()
     return printed.getvalue()
 
 
@@ -280,8 +291,8 @@ def number_after(word, printed):
     return float(re.findall(rf"{word}\s+([\d.e+-]+)", printed)[-1])
 
 
-# Peak GB on one of eight GPUs, in eager mode, computed by budget.py. A single GPU saves the 1.7
-# (decoder) or 3.4 (diffusion) of DistributedDataParallel.
+# Peak GB on one of eight GPUs, in eager mode, computed by budget.py. One GPU alone needs 1.7
+# (decoder) or 3.4 (diffusion) less, since it has no DistributedDataParallel.
 COMPUTED_GB = {
     "train_decoder.py imagenet256": 54,
     "train_decoder.py imagenet512": 49,
@@ -303,7 +314,7 @@ def presets(args):
             words = ["--preset", preset, *common, "--global-batch-size", per_gpu, *flags]
             reset_peak()
             out = work / f"{stage}_{preset}"
-            printed = run(f"{stage}.py", *words, *args.steps.split(), "--out", out)
+            printed = run(f"{stage}.py", *words, *args.preset_flags.split(), "--out", out)
             what = f"{stage}.py {preset}"
             yield {
                 "what": what,
@@ -337,7 +348,7 @@ def random_weights(folder):
 
 
 def toy_photos(folder, num):
-    """Write JPEGs of 400 px of the toy world, in place of photographs."""
+    """Write 400 px JPEGs of the toy world, in place of photographs."""
     images, labels = toy_images(num, seed=3, size=400)
     for i, (image, label) in enumerate(zip(images, labels)):
         make_folder(folder / str(label))
@@ -348,7 +359,7 @@ def toy_photos(folder, num):
 def gpu_tests(args):
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "extras/test_gpu.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout + done.stderr)
+    print(done.stdout + done.stderr, flush=True)
     last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped)", last)}
     yield {"what": "pytest -m gpu extras/test_gpu.py"} | counts
@@ -421,6 +432,7 @@ def run_part(name, out):
     rows = out / f"{name}.jsonl"
     log = out / f"{name}.log"
     rows.write_text("")
+    shutil.rmtree(out / "work", ignore_errors=True)  # left by a killed run
     limit = PARTS[name][1]
     command = [sys.executable, __file__, *sys.argv[1:], "--part", name]
     result = {}
