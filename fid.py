@@ -10,7 +10,7 @@ encoder's features.
 
 Samples and reference are each a folder of images or an .npz with images (uint8 arr_0 of shape
 (N, H, W, 3)), statistics (mu and sigma; mu_s and sigma_s for sFID) or both, as in ADM's reference
-files. Papers on ImageNet report the numbers of ADM's TensorFlow suite (Dhariwal and Nichol 2021).
+files. ImageNet papers report the numbers of ADM's TensorFlow suite (Dhariwal and Nichol 2021).
 This script reimplements that suite but has not been checked against it. Its features and FID match
 pytorch-fid's (--mode pytorch-fid) and torch-fidelity's (--mode adm).
 """
@@ -80,7 +80,7 @@ class Inception(nn.Module):
     def replace_pool(self, name, pool):
         """Feed pool(x) to the block's pooling branch.
 
-        timm pools by a function call inside the block, so there is no module to replace. One hook
+        timm pools with a function inside the block, so there is no module to replace. One hook
         keeps the block's input x; another feeds pool(x) to the branch instead of timm's result.
         """
         block = self.net.get_submodule(name)
@@ -133,7 +133,7 @@ def preprocess(images, mode):
 
 
 def download_weights(url, file_name, flag):
-    """Download weights, or reuse the cached copy. file_name ends in a prefix of their sha256."""
+    """Download weights, or reuse the cached copy. file_name has a prefix of their sha256."""
     try:
         return torch.hub.load_state_dict_from_url(
             url, file_name=file_name, check_hash=True, map_location="cpu", weights_only=True
@@ -167,19 +167,18 @@ class EncoderFeatures:
         self.name = name
         self.device = device
         self.encoder = None  # built for the size of the first image
-        self.side = None
         self.label = None
 
     def __call__(self, images):
-        self.side = self.side or images[0].shape[1]
-        if any(image.shape != (3, self.side, self.side) for image in images):
-            raise UsageError("encoder features need square images of one size; pass --crop")
-        images = torch.stack(images).float() / 255  # (B, 3, H, W)
         if self.encoder is None:
+            self.side = images[0].shape[1]
             self.encoder = rae.load_encoder(self.name, self.side).to(self.device)
             # Hash the blocks only: the position embedding depends on the image size.
             digest = rae.hash_tensors(self.encoder.vit.blocks.state_dict().values())
             self.label = f"encoder {self.name} {digest}"
+        if any(image.shape != (3, self.side, self.side) for image in images):
+            raise UsageError("encoder features need square images of one size; pass --crop")
+        images = torch.stack(images).float() / 255  # (B, 3, H, W)
         return (self.encoder(images).mean(dim=1),)
 
 
@@ -224,8 +223,8 @@ def read_image(image, crop):
 def extract_features(images, features, crop, batch_size, device):
     """Features of all images in order, on the CPU: a list of (n, D).
 
-    Ranks take batches in turn, and rank 0 gets everything. The batches, and so rounding, are the
-    same for any world size.
+    Ranks take batches in turn, and rank 0 gets everything. The batches don't depend on the world
+    size, so rounding doesn't either.
     """
     first = read_image(images[0], crop).to(device)  # to get the feature dimensions
     outputs = [torch.zeros(len(images), x.shape[1]) for x in features([first])]
@@ -248,7 +247,7 @@ def load_statistics(source, metrics, features, args, device):
 
     Returns a dict: "fid" and "sfid" are (mu, sigma), "is" is the Inception score, "pr" the pool3
     features. "label" names the features, "n" counts the images, and "size" is the first image's.
-    With several processes, only rank 0 gets what is computed for the metrics.
+    With several processes, only rank 0 gets the computed entries of the metrics.
     """
     arrays = read_npz(source) if source.endswith(".npz") else {}
     saved = {}
@@ -261,7 +260,7 @@ def load_statistics(source, metrics, features, args, device):
             if name in arrays:
                 saved[name] = arrays[name].item()
         if "label" not in saved:  # files of ADM and pytorch-fid
-            # Assume Inception features, never those of one of our encoders.
+            # Assume Inception features, never those of our encoders.
             is_inception = isinstance(features, InceptionFeatures)
             saved["label"] = features.label if is_inception else "inception"
             rae.print0(f"warning: {source} does not name its features; assuming {saved['label']}")
@@ -272,11 +271,11 @@ def load_statistics(source, metrics, features, args, device):
     images = open_images(source, arrays, args.num)
     if saved and saved["label"] != features.label:
         raise UsageError(f"{source} was made with features {saved['label']}, not {features.label}")
-    return saved | compute_statistics(images, missing, features, args, device)
+    return compute_statistics(images, missing, features, args, device) | saved
 
 
 def compute_statistics(images, metrics, features, args, device):
-    """The dict that load_statistics describes, from images."""
+    """Compute the dict that load_statistics returns, from images."""
     height, width = read_image(images[0], args.crop).shape[1:]
     outputs = extract_features(images, features, args.crop, args.batch_size, device)
     statistics = {"label": features.label, "n": len(images), "size": f"{width}x{height}"}
@@ -382,7 +381,7 @@ def get_args():
     )
     p.add_argument("samples", nargs="?", default="out/samples.npz", help="folder or .npz")
     p.add_argument("reference", nargs="?", default="toy", help="folder, .npz or toy")
-    p.add_argument("--num", type=positive_int, help="read only the first NUM images per side")
+    p.add_argument("--num", type=positive_int, help="read only the first NUM images of each")
     p.add_argument("--crop", type=positive_int, help="size of ADM's center crop")
     p.add_argument("--save", help="write the statistics of SAMPLES to this .npz and stop")
     p.add_argument("--metrics", default="fid", help="comma-separated, of fid,sfid,is,pr")
@@ -402,7 +401,7 @@ def main():
     metrics = args.metrics.split(",")
     if not set(metrics) <= set(METRICS):
         raise UsageError(f"--metrics {args.metrics}: choose from {','.join(METRICS)}")
-    # By default use Inception, except for a distance to the toy, whose encoder needs no download.
+    # Default to Inception, except for a distance to the toy, whose encoder needs no download.
     toy_distance = args.reference == "toy" and metrics == ["fid"] and not args.save
     features_name = args.features or ("encoder:toy" if toy_distance else "inception")
     if args.save:
@@ -436,7 +435,7 @@ def main():
         if ours and theirs and ours != theirs:
             raise UsageError(
                 f"{args.samples} has {name} {ours}, but {args.reference} has {theirs}; "
-                "save new statistics, or for other sizes pass --crop"
+                "save new statistics, or pass --crop to match sizes"
             )
 
     scores = {}
@@ -453,8 +452,8 @@ def main():
     if "FID" in scores and 0 < n < 2048:  # fewer than pool3 has features
         rae.print0(f"warning: FID from only {n} samples is far too high; papers use 50,000")
     numbers = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
-    details = f"{n or 'unknown number of'} samples, reference {args.reference}, {samples['label']}"
-    rae.print0(f"{numbers}  ({details})")
+    against = f", reference {args.reference}" if compared else ""
+    rae.print0(f"{numbers}  ({n or 'unknown number of'} samples{against}, {samples['label']})")
 
 
 if __name__ == "__main__":

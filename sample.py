@@ -65,9 +65,9 @@ def get_args():
     # model and latents
     p.add_argument("--ckpt", help="checkpoint of train_diffusion.py, or released:NAME")
     p.add_argument("--decoder", help="decoder file or released:NAME (default: as in training)")
-    p.add_argument("--encoder", help="encoder, for an official decoder file")
+    p.add_argument("--encoder", help="encoder of an official decoder file")
     p.add_argument("--encoder-weights", help="local file of the encoder's timm weights")
-    p.add_argument("--stats", help="latent statistics, for an official decoder file")
+    p.add_argument("--stats", help="latent statistics for an official decoder file")
     # images
     p.add_argument("--num", type=positive_int, help="number of images")
     p.add_argument("--classes", type=class_list, help="such as 0,3,7, or null (default: all)")

@@ -7,7 +7,7 @@
 The loss is L1 + perceptual + w * lambda * GAN (appendix C), where lambda scales the GAN's gradient
 to the norm of the reconstruction gradient. The perceptual loss and the discriminator run on
 features of frozen networks: with --loss-networks published, VGG16 (LPIPS) and DINO-S/8 as in the
-paper, where w = 0.75; with --loss-networks encoder, the encoder itself, without any download.
+paper, where w = 0.75; with --loss-networks encoder, the encoder itself (no download).
 
 Writes checkpoint.pt, log.jsonl and grid_*.png (rows: images, reconstructions, reconstructions from
 noisy tokens) to --out. Rerun the same command to resume.
@@ -97,7 +97,7 @@ LPIPS_URL = (
 
 
 class ViTFeatures(nn.Module):
-    """Images in [0, 1] -> tokens of five layers of a frozen ViT, (B, N, C) each.
+    """Images in [0, 1] -> tokens of several layers of a frozen ViT, (B, N, C) each.
 
     The layers are the final block, then the last block of each quarter, so the final one appears
     twice, as in the official code. For DINO-S/8 they are blocks 11, 2, 5, 8 and 11, with 784 tokens
@@ -199,8 +199,8 @@ class InstanceNorm(nn.InstanceNorm1d):
 class DiscriminatorHead(nn.Module):
     """Features (B, N, C) of one layer -> logits (B, N), one per token (appendix C).
 
-    Convolutions run along the token sequence, with spectral norm. Activations get instance norm,
-    not batch norm, so that an image's logits don't depend on its batch.
+    Spectrally normalized convolutions run along the tokens. Activations get instance norm, not
+    batch norm, so that an image's logits don't depend on its batch.
     """
 
     def __init__(self, width):
@@ -273,7 +273,7 @@ def adaptive_weight(rec_grad, gan_grad):
     """lambda = |rec_grad| / (|gan_grad| + 1e-6) in [0, 1e4], as in VQGAN (Esser et al. 2021).
 
     Scaled by lambda, the GAN gradient has the norm of the reconstruction gradient. Both are taken
-    at the last layer's weight, as in the official code (in the paper, at the image).
+    at the last layer's weight, as in the official code (the paper: at the image).
     """
     return (rec_grad.norm() / (gan_grad.norm() + 1e-6)).clamp(0, 1e4).detach()
 
@@ -415,8 +415,8 @@ def evaluate(encoder, decoder, data, args, batch_size, lpips=None):
     """PSNR, LPIPS if given, and the Frechet distance in the encoder's features, on rank 0.
 
     Returns a dict and a grid of up to 16 images and their reconstructions, (3 * 16, 3, H, W).
-    Numbers ending in _noisy come from tokens with noise of level --eval-sigma. The distance
-    flatters decoders trained with --loss-networks encoder, which optimize these features.
+    Numbers named *_noisy are for tokens with noise of level --eval-sigma. The distance flatters
+    decoders trained with --loss-networks encoder, which optimize these features.
     """
     num = min(args.eval_num, len(data))
     indices = np.linspace(0, len(data) - 1, num).astype(int)
@@ -656,7 +656,7 @@ def main():
                 finite = False
             d_optimizer.zero_grad()
 
-        # An update whose gradient is not finite is skipped; five in a row end the run.
+        # Updates with non-finite gradients were skipped; five in a row end the run.
         if finite:
             loss_sums += torch.cat([losses, d_loss])
             num_summed += 1
@@ -665,7 +665,7 @@ def main():
             skipped += 1
             skipped_in_a_row += 1
             if skipped_in_a_row == 5:
-                raise UsageError("five non-finite gradients in a row; lower --lr, in a new --out")
+                raise UsageError("five non-finite gradients in a row; lower --lr and change --out")
         images_done += args.global_batch_size
         done = step + 1  # steps completed
         final = done == args.steps

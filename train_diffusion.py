@@ -5,7 +5,7 @@
     torchrun --standalone --nproc_per_node=8 train_diffusion.py --preset imagenet256 --out out/big
 
 Writes checkpoint.pt, log.jsonl, samples_*.png (one column per class, always from the same noise),
-reconstructions.png and --keep-every's ema_*.pt to --out. Rerun the same command to resume.
+reconstructions.png and ema_*.pt (--keep-every) to --out. Rerun the same command to resume.
 """
 
 import argparse
@@ -49,8 +49,8 @@ from rae import (
 )
 from sample import balanced_labels, generate, load_model, save_grid
 
-# Two minutes on two CPU cores. An alpha of 4 did about as well as any we tried, from 1 to 5.66; the
-# paper's formula gives 1 for latents this small.
+# Two minutes on two CPU cores. Of the alphas we tried (1 to 5.66), none was clearly better than 4;
+# the paper's formula gives 1 for latents this small.
 TOY = {
     "data": "toy",
     "decoder": "toy",
@@ -123,15 +123,15 @@ def get_args():
     p.add_argument("--data", help="toy, or a folder with one subfolder per class")
     p.add_argument("--no-flip", action="store_true", help="don't mirror images")
     p.add_argument("--decoder", help="toy, a checkpoint of train_decoder.py or released:NAME")
-    p.add_argument("--encoder", help="encoder, for an official decoder file")
+    p.add_argument("--encoder", help="encoder of an official decoder file")
     p.add_argument("--encoder-weights", help="local file of the encoder's timm weights")
-    p.add_argument("--stats", help="latent statistics, for an official decoder file")
+    p.add_argument("--stats", help="latent statistics for an official decoder file")
     # model
-    p.add_argument("--backbone", type=backbone_size, help="S, B, L, XL or width,depth,num_heads")
+    p.add_argument("--backbone", type=backbone_size, help="S, B, L, XL, G or width,depth,num_heads")
     p.add_argument("--wide-head", type=wide_head_size, help="like --backbone (paper: G), or none")
     p.add_argument("--init", help="initial weights: a checkpoint or released:NAME")
     # flow matching
-    p.add_argument("--alpha", type=bounded(0), help="schedule shift (0: formula of section 4.2)")
+    p.add_argument("--alpha", type=bounded(0), help="schedule shift (0: formula in section 4.2)")
     p.add_argument("--time", choices=["logit-normal", "uniform"], default="logit-normal")
     p.add_argument("--label-drop", type=bounded(0, 1), default=0.1, help="1: unconditional")
     # optimization
@@ -160,7 +160,7 @@ def get_args():
 
 class StepBatches(Dataset):
     """Item `step` is this rank's share of that step's global batch: images (b, 3, H, W) uint8 and
-    labels (b,). rows: its positions in the global batch; micro_batches: slices of this share.
+    labels (b,). rows: the share's place in the global batch; micro_batches: slices of the share.
     """
 
     def __init__(self, data, args, flip, rank, world_size):
@@ -325,7 +325,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-        if grad_norm.isfinite():  # the only host-device sync of every step
+        if grad_norm.isfinite():  # the step's only host-device sync
             optimizer.step()
             update_ema(ema, model, args.ema, step)
             fifth = (shift_time(t, alpha) * 5).long().clamp(max=4)  # (b,)
@@ -336,7 +336,7 @@ def main():
             skipped += 1
             skipped_in_a_row += 1
             if skipped_in_a_row == 5:
-                raise UsageError("five non-finite gradients in a row; lower --lr, in a new --out")
+                raise UsageError("five non-finite gradients in a row; lower --lr and change --out")
         optimizer.zero_grad()
         images_done += args.global_batch_size
         done = step + 1  # steps completed

@@ -1,14 +1,14 @@
-"""One command that checks a GPU: its speed, its memory, the ImageNet presets and the GPU tests.
+"""Check a GPU with one command: speed, memory, the ImageNet presets and the GPU tests.
 
-    python extras/gpu_check.py                    # about 10 minutes on an H100 by our estimate
-    python extras/gpu_check.py --only variants    # what would make a step faster, 5 minutes
+    python extras/gpu_check.py                    # an estimated 10 minutes on an H100
+    python extras/gpu_check.py --only variants    # what would make a step faster, 10 minutes
     python extras/gpu_check.py --cifar10 FOLDER   # all stages on CIFAR-10 too, 9 minutes more
     python extras/gpu_check.py --tiny             # tests this script, also on a CPU
 
 Nothing is downloaded: frozen networks get random weights of the right shapes. Each part has its own
-process and time limit, so one that fails or hangs does not stop the others. Prints a table per
-part, and writes results.json and each part's output (PART.log) to --out. Rerun the same command to
-resume: it repeats only the parts that did not finish.
+process and time limit, so a failure or hang stops only that part. Prints a table per part, and
+writes results.json and each part's output (PART.log) to --out. Rerun the same command to resume: it
+repeats only the parts that did not finish.
 """
 
 import argparse
@@ -18,12 +18,12 @@ import gc
 import importlib
 import io
 import json
-import math
 import os
 import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -49,7 +49,7 @@ from toy.world import toy_images  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = torch.autocast(DEVICE, torch.bfloat16)
 
-# What the parts run: (on a GPU, with --tiny). get_args adds these to args.
+# Settings of the parts: (full, --tiny). get_args adds these to args.
 SIZES = {
     "seconds": (2, 0),  # per measurement
     "matmul_size": (8192, 256),
@@ -67,8 +67,8 @@ SIZES = {
         "--starts 0 1 1 --eval-num 2 --size toy --image-size 32 --resize 40",
     ),
     "dit": ("", "--backbone 16,1,2 --wide-head 16,1,2"),
-    # CIFAR-10. The encoder makes 64 tokens of 192 channels. alpha is 4 sqrt(64 * 192 / 2048): the
-    # toy's 4, scaled from its 2,048 numbers. These settings have not been tried on a GPU.
+    # CIFAR-10. The encoder makes 64 tokens of 192 channels. alpha scales the toy's 4, for 2,048
+    # numbers: 4 sqrt(64 * 192 / 2048). These settings have not been tried on a GPU.
     "cifar10_seconds": ((60, 90, 240), (1, 1, 1)),
     "cifar10_batch_size": (256, 8),
     "cifar10_probe": (100, 4),  # steps
@@ -92,28 +92,31 @@ def setup(precision):
     rae.setup_distributed(argparse.Namespace(device=DEVICE, precision=precision))
 
 
-def fastest(run, seconds):
-    """Seconds of the fastest call of `run` within the given time, after two calls of warm-up.
+def synchronize():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
-    The fastest call is the one that other programs disturbed least.
-    """
+
+def median_time(run, seconds):
+    """Median seconds of a call of `run` within the given time, after two calls of warm-up."""
     run()
     run()
-    best = math.inf
+    synchronize()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # don't count what compiling needed
+    times = []
     end = time.perf_counter() + seconds
-    while best == math.inf or time.perf_counter() < end:
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+    while not times or time.perf_counter() < end:
         start = time.perf_counter()
         run()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
-def reset_peak():
-    torch._dynamo.reset()  # forget compiled blocks
+def free_memory():
+    """Forget compiled blocks, and start a new count for peak_gb."""
+    torch._dynamo.reset()
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -121,7 +124,7 @@ def reset_peak():
 
 
 def peak_gb():
-    """Peak of allocated GPU memory since reset_peak(). 0 on a CPU."""
+    """Peak of allocated GPU memory. 0 on a CPU."""
     return torch.cuda.max_memory_allocated() / 1e9
 
 
@@ -131,7 +134,7 @@ def matmul_tflops(precision, args):
     n = args.matmul_size
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.randn(n, n, device=DEVICE, dtype=dtype)
-    return 2 * n**3 / 1e12 / fastest(lambda: a @ a, args.seconds)
+    return 2 * n**3 / 1e12 / median_time(lambda: a @ a, args.seconds)
 
 
 def full_speed(name, args):
@@ -142,10 +145,10 @@ def full_speed(name, args):
 def measure_step(name, args, limit, micro_batches=2, mode="default", no_ema=False, no_adam=False):
     """Speed and peak memory of a training step of train_diffusion.py, given latents.
 
-    share is the speed relative to `limit`, from full_speed. mode is torch.compile's, or None for
-    eager mode.
+    share is the speed relative to `limit`, from full_speed. mode is for torch.compile; None means
+    eager.
     """
-    reset_peak()
+    free_memory()
     torch.manual_seed(0)
     with torch.device(DEVICE):
         model = build(name)
@@ -167,7 +170,7 @@ def measure_step(name, args, limit, micro_batches=2, mode="default", no_ema=Fals
                 rae.update_ema(ema, model, 0.9995, 10**5)
         optimizer.zero_grad()
 
-    images_per_s = micro_batches * args.micro_batch_size / fastest(step, args.seconds)
+    images_per_s = micro_batches * args.micro_batch_size / median_time(step, args.seconds)
     share = images_per_s / limit
     return {"images_per_s": images_per_s, "share": share, "memory_gb": peak_gb()}
 
@@ -234,12 +237,14 @@ def attention_kernel():
         if DEVICE == "cuda":
             torch.cuda.synchronize()
     own_time = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: getattr(event, own_time))
-    return events[-1].key if events else "unknown: the profiler saw nothing"
+    longest = max(profiler.key_averages(), key=lambda e: getattr(e, own_time), default=None)
+    if longest is None or getattr(longest, own_time) == 0:
+        return "unknown: the profiler saw no kernel"
+    return longest.key
 
 
 def sampling(args):
-    """Latents of the large model, without guidance and with AutoGuidance by the small one."""
+    """Sample the large model, unguided and with AutoGuidance by the small one."""
     setup("bf16")
     with torch.device(DEVICE):
         model = build(args.models[-1]).eval()
@@ -254,8 +259,8 @@ def sampling(args):
                 with BF16:
                     sample(model, noise, y, timesteps, guidance_model=guidance_model)
 
-            reset_peak()
-            seconds = fastest(draw, args.seconds)
+            free_memory()
+            seconds = median_time(draw, args.seconds)
             yield {
                 "what": f"batch of {batch_size}" + (", AutoGuidance" if guidance_model else ""),
                 "seconds": seconds,
@@ -291,13 +296,13 @@ def number_after(word, printed):
     return float(re.findall(rf"{word}\s+([\d.e+-]+)", printed)[-1])
 
 
-# Peak GB on one of eight GPUs, in eager mode, computed by budget.py. One GPU alone needs 1.7
-# (decoder) or 3.4 (diffusion) less, since it has no DistributedDataParallel.
+# Peak GB in eager mode, computed by budget.py, without DistributedDataParallel's buffers (1.7 GB in
+# stage 1, 3.4 in stage 2). Compiled blocks need less.
 COMPUTED_GB = {
-    "train_decoder.py imagenet256": 54,
-    "train_decoder.py imagenet512": 49,
-    "train_diffusion.py imagenet256": 65,
-    "train_diffusion.py imagenet512": 66,
+    "train_decoder.py imagenet256": 52,
+    "train_decoder.py imagenet512": 47,
+    "train_diffusion.py imagenet256": 62,
+    "train_diffusion.py imagenet512": 63,
 }
 
 
@@ -312,7 +317,7 @@ def presets(args):
         for stage, flags in (("train_decoder", decoder_flags), ("train_diffusion", dit_flags)):
             per_gpu = importlib.import_module(stage).PRESETS[preset]["global_batch_size"] // 8
             words = ["--preset", preset, *common, "--global-batch-size", per_gpu, *flags]
-            reset_peak()
+            free_memory()
             out = work / f"{stage}_{preset}"
             printed = run(f"{stage}.py", *words, *args.preset_flags.split(), "--out", out)
             what = f"{stage}.py {preset}"
@@ -322,7 +327,7 @@ def presets(args):
                 "memory_gb": peak_gb(),
                 "computed_gb": COMPUTED_GB[what],
             }
-        for stage in ("train_decoder", "train_diffusion"):  # 20 GB
+        for stage in ("train_decoder", "train_diffusion"):  # frees 20 GB
             shutil.rmtree(work / f"{stage}_{preset}")
 
 
@@ -358,13 +363,14 @@ def toy_photos(folder, num):
 
 def gpu_tests(args):
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "extras/test_gpu.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout + done.stderr, flush=True)
-    last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
+    log = Path(args.out, "pytest.log").resolve()
+    with open(log, "w") as f:
+        done = subprocess.run(command, cwd=ROOT, stdout=f, stderr=f)
+    last = log.read_text().strip().splitlines()[-1]
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped)", last)}
     yield {"what": "pytest -m gpu extras/test_gpu.py"} | counts
     if done.returncode != 0:
-        raise UsageError(f"pytest: {last}")
+        raise UsageError(f"see {log}: {last}")
 
 
 def cifar10(args):
@@ -377,7 +383,7 @@ def cifar10(args):
     size = args.cifar10_batch_size
 
     def train_for(seconds, script, *words, out):
-        """Run a script for a few steps to measure its speed, then for about this many seconds."""
+        """Time a few steps of a script, then run it for about this many seconds."""
         words = ["--data", f"{args.cifar10}/train", *words]
         probe = ["--steps", args.cifar10_probe, "--out", work / out]
         speed = number_after("images_per_s", run(script, *words, *probe))
@@ -419,7 +425,7 @@ def cifar10(args):
 PARTS = {  # name: function, time limit in seconds
     "matmul": (matmul, 60),
     "train": (train, 180),
-    "variants": (variants, 300),
+    "variants": (variants, 900),
     "sample": (sampling, 120),
     "presets": (presets, 600),
     "tests": (gpu_tests, 180),
@@ -442,7 +448,8 @@ def run_part(name, out):
         try:
             if process.wait(limit) != 0:
                 lines = log.read_text(errors="replace").strip().splitlines()
-                result["error"] = f"failed: {lines[-1] if lines else 'killed'}"
+                last = lines[-1] if lines else "no output"
+                result["error"] = f"failed with {process.returncode}: {last}"
         except subprocess.TimeoutExpired:
             result["error"] = f"timed out after {limit} s"
         finally:
