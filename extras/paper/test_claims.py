@@ -73,6 +73,34 @@ def test_verdicts_follow_from_the_intervals():
         assert verdict(*comparisons) == row["shown"], row["claim"]
 
 
+def test_results_page_equals_toy_json():
+    """The tables of the toy's numbers in docs/results.md, rounded as there."""
+    saved = json.loads((ROOT / "docs/toy.json").read_text())
+    rows = {}
+    for line in (ROOT / "docs/results.md").read_text().splitlines():
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows[name] = re.findall(r"\d+(?:\.\d+)?", " ".join(cells))
+    quality = (
+        ("classifier on validation images", "classifier"),
+        ("linear probe on the latents", "linear_probe"),
+        ("shipped decoder: PSNR of validation images", "psnr"),
+        ("... reconstructions recognized", "reconstructions_right"),
+        ("500 unguided samples recognized as their class", "samples_right"),
+        ("... with CFG 1.5", "samples_right_cfg"),
+    )
+    shown = {name: ([saved["quality"][key]], rows[name]) for name, key in quality}
+    for name, key in (("`train_diffusion.py`, loss", "loss"), ("`train_decoder.py`, L1", "l1")):
+        steps = rows["step"][: len(rows[name])]
+        shown[name] = ([saved[key][step] for step in steps], rows[name])
+    for name, row in (("with GAN", "with GAN"), ("--disc-weight 0", "`--disc-weight 0`")):
+        scores = saved["gan"][name]
+        shown[name] = (scores["psnr"] + scores["ssim"] + scores["distance"], rows[row])
+    for name, (numbers, texts) in shown.items():
+        assert len(numbers) == len(texts), name
+        for number, text in zip(numbers, texts):
+            assert float(text) == round(number, len(text.partition(".")[2])), (name, number, text)
+
+
 def test_claims_figure_has_six_panels(tmp_path, monkeypatch):
     """Each with a title and data, drawn from docs/claims.json."""
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="needs pip install matplotlib")
