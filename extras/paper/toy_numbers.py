@@ -2,7 +2,7 @@
 
     python extras/paper/toy_numbers.py    # 20 minutes on two CPU cores -> out/toy/toy.json
 
-docs/toy.json is a copy of this file. Rerun the same command to resume.
+docs/toy.json is a copy of that. Rerun the same command to resume.
 """
 
 import json
