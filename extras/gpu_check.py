@@ -59,16 +59,16 @@ SIZES = {
     "euler_steps": (50, 2),
     "sample_batch_size": (16, 2),
     "num_photos": (64, 4),
-    # Flags of the presets. The last ten steps are timed alone, after compilation.
     "workers": (min(12, os.cpu_count()), 0),
+    # Flags of the presets. The last ten steps are timed alone, after compilation.
     "preset_flags": ("--steps 20 --log-every 10", "--steps 2 --no-compile --global-batch-size 2"),
     "decoder": (
         "--starts 0 0 0 --eval-num 64",  # all losses from the start
         "--starts 0 1 1 --eval-num 2 --size toy --image-size 32 --resize 40",
     ),
     "dit": ("", "--backbone 16,1,2 --wide-head 16,1,2"),
-    # CIFAR-10. The encoder makes 64 tokens of 192 channels. alpha scales the toy's 4, for 2,048
-    # numbers: 4 sqrt(64 * 192 / 2048). These settings have not been tried on a GPU.
+    # CIFAR-10. The encoder makes 64 tokens of 192 channels. alpha is the toy's 4 at 2,048
+    # numbers, times sqrt(64 * 192 / 2048). These settings have not been tried on a GPU.
     "cifar10_seconds": ((60, 90, 240), (1, 1, 1)),
     "cifar10_batch_size": (256, 8),
     "cifar10_probe": (100, 4),  # steps
@@ -98,7 +98,7 @@ def synchronize():
 
 
 def median_time(run, seconds):
-    """Median seconds of a call of `run` within the given time, after two calls of warm-up."""
+    """Median seconds per call of `run`, measured for `seconds` after two warm-up calls."""
     run()
     run()
     synchronize()
@@ -210,7 +210,7 @@ VARIANTS = {
 
 def variants(args):
     """One change at a time to the large model's compiled step with two micro-batches."""
-    # Compiled code in torch's cache might have been made for another attention backend.
+    # torch's cache may hold code that was compiled for another attention backend.
     torch._inductor.config.force_disable_caches = True
     yield {"what": "kernel of the backbone's attention", "note": attention_kernel()}
     name = args.models[-1]
@@ -274,7 +274,7 @@ def sampling(args):
 
 
 class Tee(io.StringIO):
-    """Keeps what is written, and passes it on to stdout at once."""
+    """Keeps what is written and echoes it to stdout."""
 
     def write(self, text):
         sys.__stdout__.write(text)
@@ -332,7 +332,7 @@ def presets(args):
 
 
 def random_weights(folder):
-    """Write random weights of the frozen networks; returns the flags that name these files."""
+    """Write random weights of the frozen networks; returns the flags that name them."""
     import timm
 
     make_folder(folder)
@@ -454,7 +454,7 @@ def run_part(name, out):
             result["error"] = f"timed out after {limit} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and the processes that it started
+                os.killpg(process.pid, signal.SIGKILL)  # and its child processes
             process.wait()
     result["seconds"] = time.perf_counter() - start
     result["rows"] = [json.loads(line) for line in open(rows)]
@@ -515,6 +515,8 @@ def main():
     # Resume: parts that finished on the same machine are not repeated.
     make_folder(out)
     path = out / "results.json"
+    if any(out.iterdir()) and not path.exists():  # parts delete folders in it
+        raise UsageError(f"{out} is not empty; choose another --out")
     machine = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     settings = {"machine": machine, "torch": torch.__version__, "tiny": args.tiny}
     parts = {}
@@ -522,6 +524,7 @@ def main():
         saved = json.loads(path.read_text())
         parts = saved.pop("parts")
         check_same_run(out, saved, settings)
+    path.write_text(json.dumps(settings | {"parts": parts}, indent=1))
     print(f"{machine}, torch {torch.__version__}", flush=True)
     for name in names:
         if name not in parts or "error" in parts[name]:
