@@ -234,8 +234,7 @@ def attention_kernel():
     activity = ProfilerActivity.CUDA if DEVICE == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         F.scaled_dot_product_attention(q, q, q)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
     own_time = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
     longest = max(profiler.key_averages(), key=lambda e: getattr(e, own_time), default=None)
     if longest is None or getattr(longest, own_time) == 0:

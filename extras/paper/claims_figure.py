@@ -90,13 +90,12 @@ def theorem(ax):
 def main():
     pyplot.rcParams.update({"font.size": 11, "axes.titlesize": 12.5})
     figure, grid = pyplot.subplots(2, 3, figsize=(10, 7.2), layout="constrained")
-    for ax, title, label in zip(
-        grid.flat,
-        ("Similar compute", "Schedule shift", "Head of a narrow backbone", "AutoGuidance"),
-        ("distance", "alpha", "width of the head", "guidance scale"),
-    ):
-        ax.set(title=title, xlabel=label)
     compute, shift, head, guidance, steps, last = grid.flat
+    compute.set(title="Similar compute", xlabel="distance")
+    shift.set(title="Schedule shift", xlabel="alpha")
+    head.set(title="Head of a narrow backbone", xlabel="width of the head")
+    guidance.set(title="AutoGuidance", xlabel="guidance scale")
+    steps.set(title="Euler steps", xlabel="steps")
 
     plain = ["1x256", "2x176", "3x144", "4x128", "2x176, lr 8e-3"]
     names = ["DiT$^{\\rm DH}$", *plain[:4], "2x176,\nlr 8e-3"]
@@ -109,7 +108,6 @@ def main():
     curve(guidance, *claim("AutoGuidance (1.25)", "1.25", ["none"]), (1, 1.1, 1.25, 1.5))
     steps.set_xscale("log")
     curve(steps, *claim("50 Euler steps", "50", ["100"]), (5, 10, 25, 50, 100))
-    steps.set(title="Euler steps", xlabel="steps")
     for ax in (shift, head, guidance, steps):
         ax.set_ylabel("distance")
     for ax in (shift, guidance, steps):

@@ -44,13 +44,11 @@ def main():
         scores = {"psnr": [], "ssim": [], "distance": []}  # from clean and from noisy tokens
         for sigma in ("0", "0.8"):
             images = f"{OUT}/{folder}_{sigma}"
-            decoder = f"{OUT}/{folder}/checkpoint.pt"
-            flags = ("--decoder", decoder, "--sigma", sigma, "--out", images)
-            printed = run("extras/reconstruct.py", *flags)
+            words = ("--decoder", f"{OUT}/{folder}/checkpoint.pt", "--sigma", sigma)
+            printed = run("extras/reconstruct.py", *words, "--out", images)
             scores["psnr"].append(number_after("PSNR", printed))
             scores["ssim"].append(number_after("SSIM", printed))
-            distance = number_after("distance", run("fid.py", f"{images}.npz"))
-            scores["distance"].append(distance)
+            scores["distance"].append(number_after("distance", run("fid.py", f"{images}.npz")))
         numbers["gan"][name] = scores
     numbers["l1"] = read_log("with_GAN", "l1")
 
