@@ -219,6 +219,10 @@ class RAE(nn.Module):
         # Files keep the official (C, h, w); latents are tokens, (N, C).
         self.register_buffer("latent_mean", mean.flatten(1).T.contiguous())
         self.register_buffer("latent_std", (var + 1e-5).sqrt().flatten(1).T.contiguous())
+        # Fingerprint of the latent space, to detect an encoder retrained under the same name. It
+        # hashes the saved var, not latent_std, because square roots are rounded differently by CPU.
+        blocks = encoder.vit.blocks.state_dict()
+        self.latent_hash = hash_tensors([*blocks.values(), mean, var])
 
     def encode(self, images):
         """Images (B, 3, H, W) in [0, 1] -> latents z (B, N, C)."""
@@ -227,11 +231,6 @@ class RAE(nn.Module):
     def decode(self, z):
         """Latents z (B, N, C) -> images (B, 3, H, W), roughly in [0, 1]: clamp before use."""
         return self.encoder.denormalize(self.decoder(z * self.latent_std + self.latent_mean))
-
-    def latent_hash(self):
-        """Fingerprint the latent space, to detect an encoder retrained under the same name."""
-        blocks = self.encoder.vit.blocks.state_dict()
-        return hash_tensors([*blocks.values(), self.latent_mean, self.latent_std])
 
 
 def hash_tensors(tensors):
@@ -419,7 +418,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     mean = statistics.get("mean", torch.zeros_like(var))  # some official files lack it
     rae = RAE(encoder_vit, decoder_vit, mean, var)
     trained_hash = file.get("latent_hash")  # official files have none
-    if stats is None and trained_hash and trained_hash != rae.latent_hash():
+    if stats is None and trained_hash and trained_hash != rae.latent_hash:
         raise UsageError(f"{name}: its encoder has changed; restore it, or retrain the decoder")
     return rae.to(device).eval().requires_grad_(False)
 

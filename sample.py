@@ -121,7 +121,7 @@ def check_model(name, model, settings, rae, labels):
     """Raise UsageError unless the model was trained on this RAE's latents and with these labels."""
     same_shape = rae.latent_mean.shape == (model.grid_size**2, model.latent_dim)
     latents = settings.get("latents")  # official files don't record it
-    if not same_shape or (latents is not None and latents != rae.latent_hash()):
+    if not same_shape or (latents is not None and latents != rae.latent_hash):
         raise UsageError(
             f"{name} was trained on other latents; pass the --decoder it was trained with"
         )

@@ -523,7 +523,7 @@ def main():
         var = checkpoint["var"]
     else:
         mean, var = latent_statistics(encoder, data, eval_batch_size, device, args.workers)
-    latent_hash = rae.RAE(encoder, ema, mean.to(device), var.to(device)).latent_hash()
+    latent_hash = rae.RAE(encoder, ema, mean, var).latent_hash
 
     # Resume, or start from other weights
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}

@@ -242,7 +242,7 @@ def main():
 
     # Resume, or start from other weights
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    settings |= {"alpha": alpha, "images": data.fingerprint, "latents": rae.latent_hash()}
+    settings |= {"alpha": alpha, "images": data.fingerprint, "latents": rae.latent_hash}
     first_step = 0
     if (out / "checkpoint.pt").exists():
         checkpoint = load(out / "checkpoint.pt")

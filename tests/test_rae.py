@@ -227,13 +227,13 @@ def test_latent_hash(toy):
     encoder.vit.blocks[-1].mlp.fc2.bias += 1e-3
     decoder = copy.deepcopy(toy.decoder)
     decoder.decoder_pred.bias.data += 1
-    assert R.RAE(toy.encoder, decoder, mean, var).latent_hash() == toy.latent_hash()
+    assert R.RAE(toy.encoder, decoder, mean, var).latent_hash == toy.latent_hash
     for changed in (
         R.RAE(toy.encoder, toy.decoder, mean + 1e-3, var),
         R.RAE(toy.encoder, toy.decoder, mean, 1.01 * var),
         R.RAE(encoder, toy.decoder, mean, var),
     ):
-        assert changed.latent_hash() != toy.latent_hash()
+        assert changed.latent_hash != toy.latent_hash
 
 
 # ---------------------------------------------------------------------------------------------
