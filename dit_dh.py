@@ -66,7 +66,11 @@ class TimeEmbedder(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.W = nn.Parameter(torch.randn(256))
-        self.mlp = nn.Sequential(nn.Linear(512, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(512, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+        )
 
     def forward(self, t):
         angle = 2 * math.pi * t[:, None].float() * self.W  # (B, 256)
@@ -245,8 +249,10 @@ class DiTDH(nn.Module):
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
 
         # adaLN-zero: all blocks start as the identity, and the model predicts v = 0.
-        zeroed = [layer.adaLN_modulation[1] for layer in [*self.blocks, self.final_layer]]
-        for linear in [*zeroed, self.final_layer.linear]:
+        zeroed = [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
+        for block in self.blocks:
+            zeroed.append(block.adaLN_modulation[1])
+        for linear in zeroed:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
@@ -326,10 +332,10 @@ def flow_loss(model, z, y, alpha, t=None, eps=None):
         t = draw_time(len(z), device=z.device)
     if eps is None:
         eps = torch.randn_like(z)
-    t = shift_time(t, alpha)
-    x_t = (1 - t[:, None, None]) * z + t[:, None, None] * eps  # (B, N, C)
+    t = shift_time(t, alpha)[:, None, None]  # (B, 1, 1)
+    x_t = (1 - t) * z + t * eps  # (B, N, C)
     v = eps - z  # (B, N, C)
-    v_hat = model(x_t, t, y).float()  # (B, N, C)
+    v_hat = model(x_t, t.flatten(), y).float()  # (B, N, C)
     return (v_hat - v).square().mean(dim=(1, 2))  # (B,)
 
 

@@ -16,7 +16,6 @@ pytorch-fid's (--mode pytorch-fid) and torch-fidelity's (--mode adm).
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +110,8 @@ def resize_last(x, size):
     position = torch.arange(size, dtype=torch.float32, device=x.device) * scale
     left = position.long()
     right = (left + 1).clamp(max=n - 1)
-    return x[..., left] + (x[..., right] - x[..., left]) * (position - left)
+    x_left = x[..., left]
+    return x_left + (x[..., right] - x_left) * (position - left)
 
 
 def preprocess(images, mode):
@@ -184,8 +184,6 @@ class EncoderFeatures:
 
 def read_npz(path):
     """The arrays of an .npz, as a dict."""
-    if not os.path.isfile(path):
-        raise UsageError(f"{path}: no such file")
     try:
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
@@ -193,8 +191,8 @@ def read_npz(path):
         raise UsageError(f"{path}: not a readable .npz ({error})") from error
 
 
-def open_images(source, arrays, num):
-    """The first num images of a source: paths, or an array (N, H, W, 3) uint8."""
+def open_images(source, arrays):
+    """The images of a source: paths, or an array (N, H, W, 3) uint8."""
     if source == "toy":
         images = ToyShapes("val").images.transpose(0, 2, 3, 1)
     elif source.endswith(".npz"):
@@ -203,9 +201,9 @@ def open_images(source, arrays, num):
             raise UsageError(f"{source} has no images (arr_0, uint8, of shape (N, H, W, 3))")
     else:
         images = rae.list_images(source)
-    if len(images[:num]) < 2:
+    if len(images) < 2:
         raise UsageError(f"{source}: scores need at least two images")
-    return images[:num]
+    return images
 
 
 def read_image(image, crop):
@@ -268,7 +266,7 @@ def load_statistics(source, metrics, features, args, device):
     missing = [metric for metric in metrics if metric not in saved]
     if not missing:
         return saved
-    images = open_images(source, arrays, args.num)
+    images = open_images(source, arrays)
     if saved and saved["label"] != features.label:
         raise UsageError(f"{source} was made with features {saved['label']}, not {features.label}")
     return compute_statistics(images, missing, features, args, device) | saved
@@ -314,8 +312,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     # keep the real part. (scipy's sqrtm is inexact with fewer images than features.)
     eigenvalues = scipy.linalg.eigvals(sigma1 @ sigma2)
     trace_of_root = np.sqrt(eigenvalues).real.sum()
+    trace = np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
     difference = mu1 - mu2  # (D,)
-    return float(difference @ difference + np.trace(sigma1 + sigma2) - 2 * trace_of_root)
+    return float(difference @ difference + trace)
 
 
 def inception_score(logits):
@@ -337,9 +336,10 @@ def knn_radii(features, k=3):
     """Distance (n,) from each row of features (n, D) to its k-th nearest neighbor."""
     radii = []
     for rows in features.split(500):
+        distances = torch.cdist(rows, features)  # (b, n)
         # k + 1, because each image is its own nearest neighbor.
-        nearest = torch.cdist(rows, features).topk(min(k + 1, len(features)), largest=False)
-        radii.append(nearest.values[:, -1])
+        nearest = distances.topk(min(k + 1, len(features)), largest=False).values
+        radii.append(nearest[:, -1])
     return torch.cat(radii)
 
 
@@ -352,25 +352,22 @@ def precision_recall(samples, references):
     """
     samples = samples.double()  # in float32, cdist's |a|^2 + |b|^2 - 2 a b is inexact
     references = references.double()
-    sample_radii = knn_radii(samples)  # (n,)
-    reference_radii = knn_radii(references)  # (m,)
-    precise = []
-    recalled = torch.zeros(len(references), dtype=torch.bool)
-    for rows, radii in zip(samples.split(500), sample_radii.split(500)):
-        d = torch.cdist(rows, references)  # (b, m)
-        precise.append((d <= reference_radii).any(dim=1))  # (b,)
-        recalled |= (d <= radii[:, None]).any(dim=0)  # (m,)
-    return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
+    return share_inside(samples, references), share_inside(references, samples)
+
+
+def share_inside(points, centers):
+    """The share of points (n, D) that lie inside the ball of any center (m, D)."""
+    radii = knn_radii(centers)  # (m,)
+    inside = []
+    for rows in points.split(500):
+        inside.append((torch.cdist(rows, centers) <= radii).any(dim=1))  # (b,)
+    return torch.cat(inside).double().mean().item()
 
 
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB (B,) of images (B, 3, H, W) in [0, 1], for stage 1."""
     mse = (a.float() - b.float()).square().mean(dim=(1, 2, 3))  # (B,)
     return -10 * mse.clamp(min=1e-10).log10()  # 100 dB for equal images
-
-
-# ---------------------------------------------------------------------------------------------
-# The script
 
 
 def get_args():
@@ -381,7 +378,6 @@ def get_args():
     )
     p.add_argument("samples", nargs="?", default="out/samples.npz", help="folder or .npz")
     p.add_argument("reference", nargs="?", default="toy", help="folder, .npz or toy")
-    p.add_argument("--num", type=positive_int, help="read only the first NUM images of each")
     p.add_argument("--crop", type=positive_int, help="size of ADM's center crop")
     p.add_argument("--save", help="write the statistics of SAMPLES to this .npz and stop")
     p.add_argument("--metrics", default="fid", help="comma-separated, of fid,sfid,is,pr")
@@ -417,16 +413,14 @@ def main():
     samples = load_statistics(args.samples, metrics, features, args, device)
     if args.save:
         if rank == 0:
-            for metric, suffix in (("fid", ""), ("sfid", "_s")):
-                if metric in samples:
-                    samples[f"mu{suffix}"], samples[f"sigma{suffix}"] = samples.pop(metric)
+            samples["mu"], samples["sigma"] = samples.pop("fid")
+            if "sfid" in samples:
+                samples["mu_s"], samples["sigma_s"] = samples.pop("sfid")
             np.savez(args.save, **samples)
             print(f"wrote {args.save}: {samples['n']} images, {samples['size']}, {features.label}")
         return
     compared = [metric for metric in metrics if metric != "is"]  # IS needs no reference
-    reference = {}
-    if compared:
-        reference = load_statistics(args.reference, compared, features, args, device)
+    reference = load_statistics(args.reference, compared, features, args, device)
     if rank > 0:
         return
     for name in ("label", "size"):

@@ -4,8 +4,6 @@
     z = rae.encode(images)      # (B, 3, H, W) in [0, 1] -> latents (B, N, C), normalized
     images = rae.decode(z)      # (B, N, C) -> (B, 3, H, W)
 
-Below the method: loading, images, and the plumbing shared by all scripts.
-
 Letters in formulas and shapes, the same in every file:
     B batch      N tokens = h w      C latent channels      D transformer width
     H W pixels   h w latent grid     p patch size           t time, from 0 (data) to 1 (noise)
@@ -14,6 +12,7 @@ Letters in formulas and shapes, the same in every file:
 """
 
 import argparse
+import glob
 import hashlib
 import json
 import math
@@ -208,11 +207,10 @@ class RAE(nn.Module):
 
     def __init__(self, encoder, decoder, mean, var):
         super().__init__()
-        shape = (encoder.latent_dim, encoder.grid_size, encoder.grid_size)
+        encoder_shape = (encoder.latent_dim, encoder.grid_size, encoder.grid_size)
         decoder_shape = (decoder.latent_dim, decoder.grid_size, decoder.grid_size)
-        if not shape == decoder_shape == mean.shape == var.shape:
-            shapes = f"encoder {shape}, decoder {decoder_shape}, mean and var {tuple(var.shape)}"
-            raise UsageError(f"latents have different shapes: {shapes}")
+        if not encoder_shape == decoder_shape == mean.shape == var.shape:
+            raise UsageError("encoder, decoder and latent statistics differ in shape")
         self.encoder = encoder
         self.decoder = decoder
         self.image_size = decoder.grid_size * decoder.patch_size  # of decoded images
@@ -297,11 +295,9 @@ def download(file):
 
 def load(path):
     """Load a dict saved with torch.save, without running pickled code."""
-    if not Path(path).is_file():
-        raise UsageError(f"{path}: no such file")
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises half a dozen types for damaged and other files
+    except Exception as error:  # torch raises half a dozen types; its messages are pages long
         raise UsageError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
 
 
@@ -458,8 +454,7 @@ def center_crop(image, size, generator=None):
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    image = ImageOps.scale(image, size / min(image.size), Image.BICUBIC)
     left = (image.width - size) // 2
     top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -469,17 +464,17 @@ def list_images(root):
     """The paths of all images below a folder, sorted. Names that begin with a dot are skipped."""
     images = []
     others = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in files:
-            is_image = os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-            keep = images if is_image and not name.startswith(".") else others
-            keep.append(os.path.join(folder, name))
+    for name in sorted(glob.glob("**", root_dir=root, recursive=True)):
+        path = os.path.join(root, name)
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+            images.append(path)
+        elif os.path.isfile(path):
+            others.append(path)
     if not images:
         raise UsageError(f"{root}: no such folder, or no images in it")
     if others:
-        print0(f"{root}: skipped {len(others)} files that are not images, such as {min(others)!r}")
-    return sorted(images)
+        print0(f"{root}: skipped {len(others)} files that are not images, such as {others[0]!r}")
+    return images
 
 
 class ImageFolder(Dataset):
@@ -502,7 +497,8 @@ class ImageFolder(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i):
-        return np.array(center_crop(open_image(self.paths[i]), self.size)).transpose(2, 0, 1)
+        image = center_crop(open_image(self.paths[i]), self.size)
+        return np.array(image).transpose(2, 0, 1)
 
     def load(self, i, generator, flip):
         image = self.crop(open_image(self.paths[i]), self.size, generator)
@@ -537,8 +533,11 @@ def seeded_generator(*key, device="cpu"):
 
 def seeded_noise(keys, shape, device):
     """Standard normal noise (len(keys), *shape); every row has its own key."""
-    generators = [seeded_generator(*key, device=device) for key in keys]
-    return torch.stack([torch.randn(shape, generator=g, device=device) for g in generators])
+    noise = []
+    for key in keys:
+        generator = seeded_generator(*key, device=device)
+        noise.append(torch.randn(shape, generator=generator, device=device))
+    return torch.stack(noise)
 
 
 def setup_distributed(args):
@@ -587,15 +586,18 @@ def print0(text):
 
 def progress(batches, description):
     """A progress bar on rank 0, if stderr is a terminal."""
-    is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(batches, description, disable=get_rank() > 0 or not is_terminal)
+    disable = True if get_rank() > 0 or sys.stderr is None else None  # None: on terminals only
+    return tqdm(batches, description, disable=disable)
 
 
 def rank_batches(n, batch_size):
     """This rank's batches of range(n). Their union does not depend on the world size."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     starts = range(get_rank() * batch_size, n, world_size * batch_size)
-    return [range(start, min(start + batch_size, n)) for start in starts]
+    batches = []
+    for start in starts:
+        batches.append(range(start, min(start + batch_size, n)))
+    return batches
 
 
 @torch.no_grad()
@@ -650,10 +652,10 @@ def write_log(log, numbers):
     log.flush()
     scalars = []
     for name, value in numbers.items():
-        if isinstance(value, int):
+        if isinstance(value, float):
+            value = f"{value:.4g}"
+        if not isinstance(value, list):
             scalars.append(f"{name} {value}")
-        elif isinstance(value, float):
-            scalars.append(f"{name} {value:.4g}")
     print0("  ".join(scalars))
 
 

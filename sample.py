@@ -134,32 +134,19 @@ def check_model(name, model, settings, rae, labels):
 
 
 @torch.no_grad()
-def generate(
-    rae,
-    model,
-    labels,
-    timesteps,
-    seed,
-    autocast=nullcontext(),
-    first=0,
-    batch_size=64,
-    **guidance,
-):
-    """Sample and decode images (len(labels), 3, H, W) in [0, 1].
+def generate(rae, model, labels, timesteps, seed, autocast=nullcontext(), first=0, **guidance):
+    """Sample and decode one batch of images (B, 3, H, W) in [0, 1].
 
-    The noise for labels[i] is that of image first + i. guidance: see dit_dh.sample.
+    labels is a list of B labels. The noise for labels[i] is that of image first + i. guidance: see
+    dit_dh.sample.
     """
-    latent_shape = rae.latent_mean.shape  # (N, C)
     device = rae.latent_mean.device
-    images = []
-    for start in range(0, len(labels), batch_size):
-        y = torch.tensor(labels[start : start + batch_size], device=device)  # (B,)
-        keys = [("sample", seed, first + start + i) for i in range(len(y))]
-        noise = seeded_noise(keys, latent_shape, device)  # (B, N, C)
-        with autocast:
-            z = sample(model, noise, y, timesteps, **guidance)  # (B, N, C)
-            images.append(rae.decode(z).clamp(0, 1))  # (B, 3, H, W)
-    return torch.cat(images)  # (len(labels), 3, H, W)
+    y = torch.tensor(labels, device=device)  # (B,)
+    keys = [("sample", seed, first + i) for i in range(len(labels))]
+    noise = seeded_noise(keys, rae.latent_mean.shape, device)  # (B, N, C)
+    with autocast:
+        z = sample(model, noise, y, timesteps, **guidance)  # (B, N, C)
+        return rae.decode(z).clamp(0, 1)  # (B, 3, H, W)
 
 
 def to_uint8(images):
@@ -269,7 +256,6 @@ def main():
             args.seed,
             autocast,
             first=batch.start,
-            batch_size=args.batch_size,
             **guidance,
         )
         images = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)

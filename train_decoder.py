@@ -21,7 +21,6 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ import rae
 from fid import download_weights, frechet_distance, mean_and_covariance, psnr
 from rae import UsageError, bounded, non_negative_int, positive_int
 from sample import save_grid, to_uint8
-from train_diffusion import StepBatches
+from train_diffusion import StepBatches, add_training_flags
 
 # Four minutes on two CPU cores.
 TOY = {
@@ -181,7 +180,9 @@ def load_lpips(args, device):
         file = rae.load(args.lpips_weights)
     else:
         file = download_weights(LPIPS_URL, "lpips_vgg-a78928a0.pth", "--lpips-weights")
-    weights = [file[f"lin{i}.model.1.weight"].flatten().to(device) for i in range(5)]
+    weights = []
+    for i in range(5):
+        weights.append(file[f"lin{i}.model.1.weight"].flatten().to(device))
     return PerceptualLoss(VGGFeatures(args.vgg_weights).to(device), weights)
 
 
@@ -266,7 +267,9 @@ def diffaug(x, u):
 
 def hinge_d_loss(logits_real, logits_fake):
     """The discriminator's loss. Pushes real images' logits above 1, reconstructions' below -1."""
-    return (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()) / 2
+    loss_real = F.relu(1 - logits_real).mean()
+    loss_fake = F.relu(1 + logits_fake).mean()
+    return (loss_real + loss_fake) / 2
 
 
 def adaptive_weight(rec_grad, gan_grad):
@@ -318,12 +321,12 @@ def latent_statistics(encoder, data, batch_size, device, workers=0):
             tokens = encoder(view).to(sum_device).double()  # (B, N, C)
             total += tokens.sum(0)
             total_square += tokens.square().sum(0)
-
     if dist.is_initialized():
         dist.all_reduce(total)
         dist.all_reduce(total_square)
-    mean = total.cpu() / (2 * len(data))
-    var = (total_square.cpu() / (2 * len(data)) - mean.square()).clamp(min=0)
+    n = 2 * len(data)
+    mean = total.cpu() / n
+    var = (total_square.cpu() / n - mean.square()).clamp(min=0)
     grid = (encoder.grid_size, encoder.grid_size)
     return mean.T.unflatten(1, grid).float(), var.T.unflatten(1, grid).float()
 
@@ -352,7 +355,6 @@ def get_args():
     p.add_argument("--lpips-weights", help="local file of LPIPS' learned weights")
     p.add_argument("--vgg-weights", help="local file of VGG16's timm weights")
     p.add_argument("--dino-weights", help="local file of DINO-S/8's timm weights")
-    p.add_argument("--perceptual-weight", type=bounded(0), default=1.0, help="0: off")
     p.add_argument("--disc-weight", type=bounded(0), help="GAN weight, 0: off (paper: 0.75)")
     p.add_argument(
         "--starts",
@@ -362,30 +364,16 @@ def get_args():
         metavar=("PERCEPTUAL", "D", "GAN"),
         help="when each starts, as a fraction of the run (paper: epochs 0, 6, 8 of 16)",
     )
-    # optimization
-    p.add_argument("--steps", type=positive_int, help="optimizer steps")
-    p.add_argument("--global-batch-size", type=positive_int, help="images per step, all ranks")
-    p.add_argument("--micro-batch-size", type=positive_int, help="images per forward pass")
-    p.add_argument("--lr", type=bounded(0), help="peak learning rate (paper: 2e-4)")
-    p.add_argument("--lr-end", type=bounded(0), help="final learning rate (paper: 2e-5)")
+    # optimization and output
+    add_training_flags(p)
     p.add_argument("--warmup", type=non_negative_int, help="warm-up steps (paper: 1 epoch of 16)")
-    p.add_argument("--ema", type=bounded(0, 1), help="EMA decay (official: 0.9978)")
-    # machine
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile blocks")
-    p.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
-    p.add_argument("--workers", type=non_negative_int, default=0, help="data loading processes")
-    # output
     p.add_argument("--out", default="out/decoder", help="output folder")
-    p.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
     p.add_argument("--eval-every", type=positive_int, help="steps between evaluations")
     p.add_argument("--eval-num", type=positive_int, help="images to evaluate on")
     p.add_argument(
         "--eval-sigma", type=bounded(0), default=0.8, help="noise level of *_noisy metrics"
     )
-    p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
     args = rae.parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
-    if args.image_size % args.upsample != 0:
-        raise UsageError("--image-size must be a multiple of --upsample")
     if args.resize and args.resize < args.image_size:
         raise UsageError("--resize must be at least --image-size")
     return args
@@ -418,10 +406,10 @@ def evaluate(encoder, decoder, data, args, batch_size, lpips=None):
     Numbers named *_noisy are for tokens with noise of level --eval-sigma. The distance flatters
     decoders trained with --loss-networks encoder, which optimize these features.
     """
-    num = min(args.eval_num, len(data))
-    indices = np.linspace(0, len(data) - 1, num).astype(int)
-    stride = math.ceil(num / batch_size)
-    batches = [indices[i::stride] for i in range(stride)]  # each spread over the classes
+    # The same random images each time, in random order, so that the grid shows many classes.
+    generator = rae.seeded_generator("eval", args.seed)
+    order = torch.randperm(len(data), generator=generator)[: args.eval_num]
+    batches = order.split(batch_size)
     device = encoder.pixel_mean.device
     numbers = defaultdict(float)
     features = defaultdict(list)
@@ -437,10 +425,9 @@ def evaluate(encoder, decoder, data, args, batch_size, lpips=None):
             fake = to_uint8(fake) / 255  # rounded to 8 bits, as when saved
             pictures.append(fake)
             features[suffix].append(encoder(fake).mean(1))
-            numbers[f"psnr{suffix}"] += psnr(fake, images).sum().item() / num
+            numbers[f"psnr{suffix}"] += psnr(fake, images).sum().item() / len(order)
             if lpips is not None:
-                numbers[f"lpips{suffix}"] += lpips(fake, images).sum().item() / num
-
+                numbers[f"lpips{suffix}"] += lpips(fake, images).sum().item() / len(order)
         if grid is None:
             grid = torch.cat([x[:16] for x in pictures])
 
@@ -463,11 +450,7 @@ def main():
     if args.resize:
         crop = partial(random_crop, short_side=args.resize)
     data = rae.open_data(args.data, args.image_size, crop=crop)
-    val_data = data
-    if args.val_data or args.data == "toy":
-        val_data = rae.open_data(args.val_data or "toy", args.image_size, "val")
-    else:
-        rae.print0("evaluating on training images; pass --val-data to use others")
+    val_data = rae.open_data(args.val_data or args.data, args.image_size, "val")
     if min(args.eval_num, len(val_data)) < 2:
         raise UsageError("evaluation needs two images; check --eval-num and --val-data")
     batches = StepBatches(data, args, flip=False, rank=rank, world_size=world_size)
@@ -592,8 +575,7 @@ def main():
         # Decoder step, one micro-batch at a time, with a frozen discriminator. DDP averages the
         # gradients over the ranks in the last backward pass only (the flag replaces no_sync).
         discriminator.eval().requires_grad_(False)
-        losses = torch.zeros(4, device=device)
-        d_loss = torch.zeros(1, device=device)
+        losses = torch.zeros(len(LOSSES), device=device)
         clean_tokens = []
         for micro in micro_batches:
             real = images[micro]  # (B, 3, H, W)
@@ -609,9 +591,9 @@ def main():
 
             l1 = (fake - real).abs().mean()
             perceptual = torch.zeros_like(l1)
-            if args.perceptual_weight > 0 and step >= start_perceptual:
+            if step >= start_perceptual:
                 perceptual = perceptual_loss(fake, real).mean()
-            rec_loss = l1 + args.perceptual_weight * perceptual
+            rec_loss = l1 + perceptual
 
             g_loss = torch.zeros_like(l1)
             disc_weight = torch.zeros_like(l1)
@@ -622,7 +604,7 @@ def main():
                 (gan_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
                 disc_weight = args.disc_weight * adaptive_weight(rec_grad, gan_grad)
             (share * (rec_loss + disc_weight * g_loss)).backward()
-            losses += share * torch.stack([l1, perceptual, g_loss, disc_weight]).detach()
+            losses[:4] += share * torch.stack([l1, perceptual, g_loss, disc_weight]).detach()
 
         norm = nn.utils.get_total_norm([p.grad for p in decoder.parameters()])
         finite = bool(norm.isfinite())  # a host-device sync
@@ -648,7 +630,7 @@ def main():
                     logits_real = ddp_discriminator(real_features)  # (B, layers N)
                 loss = share * hinge_d_loss(logits_real, logits_fake)
                 loss.backward()
-                d_loss += loss.detach()
+                losses[4] += loss.detach()
             d_norm = nn.utils.get_total_norm([p.grad for p in discriminator.parameters()])
             if d_norm.isfinite():
                 d_optimizer.step()
@@ -658,7 +640,7 @@ def main():
 
         # Updates with non-finite gradients were skipped; five in a row end the run.
         if finite:
-            loss_sums += torch.cat([losses, d_loss])
+            loss_sums += losses
             num_summed += 1
             skipped_in_a_row = 0
         else:

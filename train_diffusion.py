@@ -63,7 +63,6 @@ TOY = {
     "lr_end": 1e-4,
     "hold": 250,
     "ema": 0.995,
-    "cfg_scale": 1.5,
     "sample_every": 500,
     "save_every": 500,
 }
@@ -80,7 +79,6 @@ IMAGENET = {
     "lr_end": 2e-5,
     "hold": 50040,  # 40 epochs
     "ema": 0.9995,
-    "cfg_scale": 1.0,
     "compile": True,
     "workers": 12,
     "sample_every": 12510,  # 10 epochs
@@ -95,7 +93,7 @@ PRESETS = {
 }
 # Flags that may change on resume. Images and latents are hashed, so their paths may change.
 MAY_CHANGE = """preset out device workers micro_batch_size compile checkpoint_activations
-cfg_scale log_every sample_every save_every keep_every stop_at
+log_every sample_every save_every keep_every stop_at
 data decoder encoder encoder_weights stats""".split()
 
 
@@ -134,28 +132,30 @@ def get_args():
     p.add_argument("--alpha", type=bounded(0), help="schedule shift (0: formula in section 4.2)")
     p.add_argument("--time", choices=["logit-normal", "uniform"], default="logit-normal")
     p.add_argument("--label-drop", type=bounded(0, 1), default=0.1, help="1: unconditional")
-    # optimization
-    p.add_argument("--steps", type=positive_int, help="length of the learning rate schedule")
+    # optimization and output
+    add_training_flags(p)
     p.add_argument("--stop-at", type=positive_int, help="stop early, at this step")
+    p.add_argument("--hold", type=non_negative_int, help="steps at --lr before the linear decay")
+    p.add_argument("--clip", type=bounded(0), default=1.0, help="gradient clipping norm, 0: off")
+    p.add_argument("--out", default="out/diffusion", help="output folder")
+    p.add_argument("--sample-every", type=positive_int, help="steps between sample grids")
+    p.add_argument("--keep-every", type=positive_int, help="steps between kept EMA snapshots")
+    return parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
+
+
+def add_training_flags(p):
+    """Add the flags that train_decoder.py and train_diffusion.py share."""
+    p.add_argument("--steps", type=positive_int, help="length of the learning rate schedule")
     p.add_argument("--global-batch-size", type=positive_int, help="images per step, all ranks")
     p.add_argument("--micro-batch-size", type=positive_int, help="images per forward pass")
     p.add_argument("--lr", type=bounded(0), help="peak learning rate (paper: 2e-4)")
     p.add_argument("--lr-end", type=bounded(0), help="final learning rate (paper: 2e-5)")
-    p.add_argument("--hold", type=non_negative_int, help="steps at --lr before the linear decay")
-    p.add_argument("--clip", type=bounded(0), default=1.0, help="gradient clipping norm, 0: off")
-    p.add_argument("--ema", type=bounded(0, 1), help="EMA decay (paper: 0.9995)")
-    # machine
+    p.add_argument("--ema", type=bounded(0, 1), help="EMA decay")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile blocks")
     p.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
     p.add_argument("--workers", type=non_negative_int, default=0, help="data loading processes")
-    # output
-    p.add_argument("--out", default="out/diffusion", help="output folder")
     p.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
-    p.add_argument("--sample-every", type=positive_int, help="steps between sample grids")
-    p.add_argument("--cfg-scale", type=bounded(0), help="CFG scale of sample grids, 1: off")
     p.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
-    p.add_argument("--keep-every", type=positive_int, help="steps between kept EMA snapshots")
-    return parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
 
 
 class StepBatches(Dataset):
@@ -237,7 +237,11 @@ def main():
             block.compile(dynamic=False)
     ddp_model = DistributedDataParallel(model) if world_size > 1 else model
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        model.parameters(),
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=True,
     )
 
     # Resume, or start from other weights
@@ -278,7 +282,6 @@ def main():
     if args.label_drop == 1:
         classes = [model.num_classes]  # unconditional model: trained on the null label only
     grid_labels = balanced_labels(classes, 8 * len(classes))
-    cfg_scale = args.cfg_scale if args.label_drop > 0 else 1.0  # CFG needs the null label
 
     last_step = min(args.stop_at or args.steps, args.steps)
     loader = DataLoader(
@@ -367,15 +370,18 @@ def main():
         # Sample from the EMA
         if rank == 0 and (done % args.sample_every == 0 or final):
             timesteps = time_grid(25, alpha)
-            grid = generate(
-                rae, ema, grid_labels, timesteps, args.seed, autocast, cfg_scale=cfg_scale
-            )
+            grid = generate(rae, ema, grid_labels, timesteps, args.seed, autocast)
             save_grid(grid, out / f"samples_{done:07d}.png", columns=len(classes))
 
         # Save last: a checkpoint at step N implies that its log line and samples exist.
         if rank == 0 and args.keep_every and done % args.keep_every == 0:
-            kept = {"ema": ema.state_dict(), "config": model.config, "rae": rae_files}
-            atomic_save(kept | {"settings": settings}, out / f"ema_{done:07d}.pt")
+            snapshot = {
+                "ema": ema.state_dict(),
+                "settings": settings,
+                "config": model.config,
+                "rae": rae_files,
+            }
+            atomic_save(snapshot, out / f"ema_{done:07d}.pt")
         if rank == 0 and (done % args.save_every == 0 or final):
             checkpoint = {
                 "model": model.state_dict(),

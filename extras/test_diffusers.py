@@ -185,7 +185,7 @@ def refused(run, arguments, message):
 
 def test_mistakes(run, monkeypatch):
     refused(run, "toy vae", "encoder toy: diffusers supports dinov2-s")
-    refused(run, "nowhere.pt vae", "nowhere.pt: no such file")
+    refused(run, "nowhere.pt vae", "nowhere.pt")
     for encoder in ("siglip2-b", "dino-s8", "dinov2-x", "timm:vit_tiny_patch16_224"):
         torch.save({"encoder": encoder}, "decoder.pt")
         refused(run, "decoder.pt vae", f"encoder {encoder}: diffusers supports dinov2-s")

@@ -141,7 +141,7 @@ ERRORS = {
     "--like missing.png": "missing.png",
     "--neighbors missing": "missing: no such folder",
     "--query photo.png missing": "missing: no such folder",
-    "--like photo.png --ckpt missing.pt": "missing.pt: no such file",
+    "--like photo.png --ckpt missing.pt": "missing.pt",
     "--like photo.png --ckpt bare.pt": "does not name its decoder; pass --decoder",
     "--like photo.png --classes 3,10": "--classes must be from 0 to 9",
 }

@@ -72,7 +72,7 @@ COMMANDS = [
      "--width 16 --depth 1 --heads 2 --mask 0.25 --steps 3 --batch-size 4 --lr 0.001 --seed 3 "
      "--workers 1 --device cpu"),
     ("train_decoder.py", f"{PHOTOS} --val-data photos_val --resize 26 --noise-tau 0.5 "
-     "--noise-dist half-normal --perceptual-weight 0 --disc-weight 0.3 --starts 0 0.3 0.4 "
+     "--noise-dist half-normal --disc-weight 0.3 --starts 0 0.3 0.4 "
      "--steps 3 --lr 0.001 --lr-end 0.0001 --warmup 1 --ema 0.9 --seed 2 --out d/a --log-every 1 "
      "--eval-every 2 --eval-num 3 --eval-sigma 0.1 --save-every 2 --workers 1 --device cpu "
      "--precision bf16 --micro-batch-size 3 --checkpoint-activations"),
@@ -86,7 +86,7 @@ COMMANDS = [
     ("train_diffusion.py", "--steps 1 --global-batch-size 4 --out f/toy"),
     ("train_diffusion.py", f"{STAGE2} --wide-head 24,1,2 --alpha 2.5 --time uniform "
      "--label-drop 0.5 --steps 3 --lr 0.001 --lr-end 0.0001 --hold 1 --clip 0 --ema 0.9 "
-     "--cfg-scale 2 --seed 4 --out f/a --log-every 1 --sample-every 2 --save-every 2 "
+     "--seed 4 --out f/a --log-every 1 --sample-every 2 --save-every 2 "
      "--keep-every 2 --workers 1 --device cpu --precision bf16 --micro-batch-size 3 "
      "--checkpoint-activations --stop-at 2"),
     ("train_diffusion.py", f"{STAGE2} --wide-head none --label-drop 1 --no-flip --steps 2 "
@@ -106,7 +106,7 @@ COMMANDS = [
      "--out s/preset --precision fp32"),
     ("sample.py", "--preset imagenet512 --ckpt f/preset256/checkpoint.pt --num 1 --steps 2 "
      "--out s/preset512 --precision tf32"),
-    ("fid.py", "s/a photos_fid --features encoder:e/enc.pt --num 3 --batch-size 2 --device cpu"),
+    ("fid.py", "s/a photos_fid --features encoder:e/enc.pt --batch-size 2 --device cpu"),
     ("fid.py", "s/guided.npz toy --weights inception.pt --mode pytorch-fid --metrics fid,is,pr "
      "--crop 24"),
     ("fid.py", "s/guided.npz --save s/stats.npz --features encoder:toy"),

@@ -165,7 +165,7 @@ class Pixels:
 def test_features_are_of_all_images_in_their_order(tmp_path, batch_size):
     save_images(tmp_path / "a" / "b", 9, size=(8, 8))
     save_images(tmp_path / "c", 3, size=(8, 8), mode="L", suffix=".PNG", seed=4)
-    paths = open_images(str(tmp_path), {}, None)
+    paths = open_images(str(tmp_path), {})
     assert len(paths) == 12
     want = torch.stack([read_image(path, None).flatten()[:25].float() for path in paths])
     pool3, spatial = extract_features(paths, Pixels(batch_size), None, batch_size, "cpu")
@@ -189,10 +189,9 @@ def test_images_of_an_npz(tmp_path):
     np.savez_compressed(tmp_path / "b.npz", mu=np.zeros(3), arr_0=pixels)
     for name in ("a.npz", "b.npz"):
         path = str(tmp_path / name)
-        images = open_images(path, read_npz(path), None)
+        images = open_images(path, read_npz(path))
         assert np.array_equal(images, pixels)
         assert np.array_equal(read_image(images[3], None), pixels[3].transpose(2, 0, 1))
-        assert len(open_images(path, read_npz(path), 3)) == 3
 
 
 # ---------------------------------------------------------------------------------------------
@@ -311,8 +310,6 @@ def test_toy_distance_and_its_statistics(run, sides):
     for files in ("a b.npz", "a.npz b.npz", "images_a.npz images_b.npz", "a.npz b"):
         assert scores_of(run("fid.py", f"{files} {TOY}")) == pytest.approx(want, rel=1e-4), files
     assert abs(scores_of(run("fid.py", f"a a.npz {TOY}"))["Frechet distance"]) < 1e-3
-    assert scores_of(run("fid.py", f"a b {TOY} --num 5")) != want
-    assert "(5 samples," in run("fid.py", f"a b {TOY} --num 5")
 
     # Without flags: against the toy's validation images.
     said = run("fid.py", "a")

@@ -355,7 +355,7 @@ def test_parts_that_do_not_fit(golden):
         (Decoder(20, 3, 16, 24, 1, 2, 40), mean, mean),
         (Decoder(24, 4, 16, 24, 1, 2, 40), mean, mean),
     ):
-        with pytest.raises(UsageError, match="different shapes"):
+        with pytest.raises(UsageError, match="differ in shape"):
             RAE(rae.encoder, *parts)
 
 

@@ -72,9 +72,7 @@ def test_an_unconditional_model_takes_no_classes(run):
 
 def test_guidance_needs_a_model_that_saw_the_label(run):
     run("train_diffusion.py", "--label-drop 0 --out no_null")
-    run("train_diffusion.py", "--label-drop 0 --cfg-scale 1 --out no_null_unguided")
     run("train_diffusion.py", "--label-drop 1 --out null_only")
-    assert pictures_of("no_null") == pictures_of("no_null_unguided")
 
     ckpt = "--ckpt no_null/checkpoint.pt"
     with pytest.raises(SystemExit, match="use --cfg-scale 1"):
