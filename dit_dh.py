@@ -6,7 +6,7 @@
     z = sample(model, noise, y, time_grid(50, alpha), cfg_scale=1.5)  # noise (B, N, C) -> (B, N, C)
 
 A token of a representation encoder has hundreds of channels, and a transformer narrower than that
-cannot predict the noise in it (Theorem 1). Even wider is better, but making the whole DiT wide is
+cannot predict the noise in it (Theorem 1). Wider still works better, but widening the whole DiT is
 expensive. DiT^DH, a DiT with a DDT (decoupled diffusion transformer) head, instead feeds the noisy
 latent to two networks: a deep, narrow backbone computes one conditioning vector per token, and a
 shallow, wide head predicts the velocity from the noisy latent and these vectors.
@@ -40,7 +40,7 @@ SIZES = {
 
 
 def sincos_2d(dim, grid_size):
-    """2-D sin-cos positions (N, dim): first the column, then the row (RoPE2d: the reverse)."""
+    """2-D sin-cos positions (N, dim): the column's half first (in RoPE2d, the row's)."""
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))  # (dim / 4,)
     angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequency  # (grid, dim / 4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim / 2)
@@ -235,9 +235,8 @@ class DiTDH(nn.Module):
 
     def initialize_weights(self):
         """Initialize like the official models, which start by predicting zero."""
-        # Xavier-uniform for all linear layers of the plain DiT, like the original DiT. In the
-        # official DiT^DH it applies to the token embedders (Conv2d) only; the rest keeps PyTorch's
-        # default.
+        # As in the original DiT, all linear layers of the plain DiT are Xavier-uniform. In the
+        # official DiT^DH, only the token embedders (Conv2d) are; the rest keeps PyTorch's default.
         for module in self.modules():
             plain_linear = isinstance(module, nn.Linear) and not self.has_wide_head
             if isinstance(module, nn.Conv2d) or plain_linear:
@@ -283,10 +282,10 @@ class DiTDH(nn.Module):
         s = self.run_blocks(backbone_blocks, s, F.silu(c), self.enc_feat_rope)  # (B, N, D)
         s = self.s_projector(F.silu(s + t_emb))  # (B, N, D_head)
 
-        # Head: predict the velocity from the noisy latent, conditioned on s. It needs no position
-        # embedding: s already encodes the positions, and RoPE gives attention the relative ones.
+        # Head: predict the velocity from the noisy latent, conditioned on s. The head needs no
+        # position embedding: s encodes positions, and RoPE adds relative positions in attention.
         head_blocks = self.blocks[self.backbone_depth :]
-        x = self.x_embedder(x_t).float()  # float32 residual stream; in s, pos_embed ensures it
+        x = self.x_embedder(x_t).float()  # a float32 residual stream; pos_embed does this for s
         x = self.run_blocks(head_blocks, x, s, self.dec_feat_rope)  # (B, N, D_head)
         return self.final_layer(x, s)  # (B, N, C)
 
@@ -298,9 +297,9 @@ class DiTDH(nn.Module):
 def shift_alpha(num_tokens, latent_dim):
     """Schedule shift alpha = sqrt(N C / 4096) (section 4.2).
 
-    Noise is independent in each of the N C numbers, whereas the image is redundant across them. At
-    the same t, more of the image therefore survives the noise in a larger latent, and the shift
-    moves t towards noise to compensate. (Clamping alpha to at least 1 is our choice.)
+    Each of the N C values of a latent gets its own noise, but the values share information about
+    the image. At the same t, more of the image therefore survives in a larger latent, and the shift
+    moves t toward noise to compensate. (Clamping alpha to at least 1 is our choice.)
     """
     return max(1.0, math.sqrt(num_tokens * latent_dim / 4096))
 
@@ -325,8 +324,8 @@ def flow_loss(model, z, y, alpha, t=None, eps=None):
     """Flow-matching loss (appendix J) per image (B,): the mean of (v_hat - v)^2.
 
     z (B, N, C) are clean latents and y (B,) labels; for classifier-free guidance, the caller
-    replaces some labels by the null label. t (B,), before the shift, and eps (B, N, C) are drawn
-    (by draw_time and randn) unless given.
+    replaces some labels by the null label. If omitted, t (B,), before the shift, comes from
+    draw_time, and eps (B, N, C) from randn.
     """
     if t is None:
         t = draw_time(len(z), device=z.device)
@@ -345,7 +344,7 @@ def time_grid(steps, alpha, t_last=0.0):
     The official code counts grid points instead of steps and stops before 0: its "50 steps" are
     time_grid(49, alpha, t_last=0.001).
     """
-    t = 1 - torch.linspace(0, 1 - t_last, steps + 1, dtype=torch.float64)
+    t = torch.linspace(1, t_last, steps + 1, dtype=torch.float64)
     return shift_time(t, alpha).float()
 
 
@@ -369,7 +368,7 @@ def sample(
 
     v_null is the prediction for the null label, v_weak that of guidance_model, which is smaller or
     less trained. A scale of 1 disables guidance. Guidance applies only at (shifted) timesteps
-    inside `interval`. ValueError if both kinds are requested.
+    inside `interval`. Requesting both kinds raises ValueError.
     """
     use_cfg = cfg_scale != 1.0
     use_autoguidance = guidance_model is not None and guidance_scale != 1.0
@@ -381,7 +380,7 @@ def sample(
         t = torch.full((len(x),), t_now, device=x.device)  # (B,)
         in_interval = interval[0] <= t_now <= interval[1]
         if use_cfg and in_interval:
-            # One batch of 2 B is faster than two calls.
+            # One call on a doubled batch is faster than two calls.
             y_null = torch.full_like(y, model.num_classes)  # (B,)
             both = model(x.repeat(2, 1, 1), t.repeat(2), torch.cat([y, y_null])).float()
             v, v_null = both.chunk(2)

@@ -5,14 +5,14 @@
     python fid.py imagenet/val --crop 256 --save val256.npz       # save statistics for later
     torchrun --standalone --nproc_per_node=8 fid.py samples val256.npz
 
-The first command needs no download, but its score is not FID: it is a Frechet distance in the toy
-encoder's features.
+The first command needs no download, but its score is not FID: it is the same distance, computed on
+the toy encoder's features.
 
-Samples and reference are each a folder of images or an .npz with images (uint8 arr_0 of shape
-(N, H, W, 3)), statistics (mu and sigma; mu_s and sigma_s for sFID) or both, as in ADM's reference
-files. ImageNet papers report the numbers of ADM's TensorFlow suite (Dhariwal and Nichol 2021).
-This script reimplements that suite but has not been checked against it. Its features and FID match
-pytorch-fid's (--mode pytorch-fid) and torch-fidelity's (--mode adm).
+Samples and reference can each be a folder of images or an .npz. An .npz holds images (uint8 arr_0
+of shape (N, H, W, 3)), statistics (mu and sigma; mu_s and sigma_s for sFID) or both. ImageNet
+papers report the numbers of ADM's TensorFlow suite (Dhariwal and Nichol 2021). This script
+reimplements that suite but has not been checked against it. With --mode pytorch-fid, its features
+and FID match pytorch-fid's; with --mode adm, torch-fidelity's.
 """
 
 import argparse
@@ -102,16 +102,15 @@ class Inception(nn.Module):
 def resize_last(x, size):
     """Linear interpolation of the last dimension as in TensorFlow 1: (..., n) -> (..., size).
 
-    Output i reads position i n / size, not (i + 1/2) n / size - 1/2 as in newer code. This detail
-    changes FID.
+    Output i reads position i n / size, not (i + 1/2) n / size - 1/2 as in PyTorch and TensorFlow 2.
+    This detail changes FID.
     """
     n = x.shape[-1]
     scale = torch.tensor(n / size)  # float32, as in TensorFlow
     position = torch.arange(size, dtype=torch.float32, device=x.device) * scale
     left = position.long()
     right = (left + 1).clamp(max=n - 1)
-    x_left = x[..., left]
-    return x_left + (x[..., right] - x_left) * (position - left)
+    return x[..., left] + (x[..., right] - x[..., left]) * (position - left)
 
 
 def preprocess(images, mode):
@@ -133,7 +132,7 @@ def preprocess(images, mode):
 
 
 def download_weights(url, file_name, flag):
-    """Download weights, or reuse the cached copy. file_name has a prefix of their sha256."""
+    """Download weights, or reuse the cached copy. file_name contains the start of their SHA-256."""
     try:
         return torch.hub.load_state_dict_from_url(
             url, file_name=file_name, check_hash=True, map_location="cpu", weights_only=True
@@ -187,7 +186,7 @@ def read_npz(path):
     try:
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
-    except Exception as error:  # numpy raises many types for damaged files
+    except Exception as error:  # numpy raises many types on damaged files
         raise UsageError(f"{path}: not a readable .npz ({error})") from error
 
 
@@ -207,7 +206,7 @@ def open_images(source, arrays):
 
 
 def read_image(image, crop):
-    """A path or an array (H, W, 3) -> (3, H, W) uint8; crop: the side of ADM's center crop."""
+    """A path or an array (H, W, 3) -> (3, H, W) uint8; crop: size of ADM's center crop."""
     if isinstance(image, str):
         image = rae.open_image(image)
     else:
@@ -221,8 +220,8 @@ def read_image(image, crop):
 def extract_features(images, features, crop, batch_size, device):
     """Features of all images in order, on the CPU: a list of (n, D).
 
-    Ranks take batches in turn, and rank 0 gets everything. The batches don't depend on the world
-    size, so rounding doesn't either.
+    Ranks take batches in turn, and rank 0 gets everything. The batches, and so the rounding, don't
+    depend on the world size.
     """
     first = read_image(images[0], crop).to(device)  # to get the feature dimensions
     outputs = [torch.zeros(len(images), x.shape[1]) for x in features([first])]
@@ -241,11 +240,11 @@ def extract_features(images, features, crop, batch_size, device):
 
 
 def load_statistics(source, metrics, features, args, device):
-    """What the metrics compare: statistics saved in the .npz, or else computed from images.
+    """Get what the metrics compare: statistics saved in the .npz, or else computed from images.
 
     Returns a dict: "fid" and "sfid" are (mu, sigma), "is" is the Inception score, "pr" the pool3
     features. "label" names the features, "n" counts the images, and "size" is the first image's.
-    With several processes, only rank 0 gets the computed entries of the metrics.
+    With several processes, only rank 0 gets the metrics that are computed from images.
     """
     arrays = read_npz(source) if source.endswith(".npz") else {}
     saved = {}
@@ -346,7 +345,7 @@ def knn_radii(features, k=3):
 def precision_recall(samples, references):
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features (n, D) and (m, D).
 
-    Around each image, take the ball that reaches its third nearest neighbor in the same set.
+    Around each image, draw the ball that reaches its third nearest neighbor in the same set.
     Precision is the share of samples inside any reference's ball, recall the share of references
     inside any sample's ball.
     """
@@ -381,23 +380,23 @@ def get_args():
     p.add_argument("--crop", type=positive_int, help="size of ADM's center crop")
     p.add_argument("--save", help="write the statistics of SAMPLES to this .npz and stop")
     p.add_argument("--metrics", default="fid", help="comma-separated, of fid,sfid,is,pr")
-    p.add_argument("--features", help="inception (default, except for toy) or encoder:NAME")
+    p.add_argument("--features", help="inception or encoder:NAME; encoder:toy for toy's FID")
     p.add_argument("--weights", help="local copy of the 2015 Inception weights")
     p.add_argument("--mode", choices=["adm", "pytorch-fid"], default="adm", help="preprocessing")
     p.add_argument("--batch-size", type=positive_int, default=64)
     p.add_argument("--device", choices=rae.available_devices(), default=rae.available_devices()[0])
+    p.set_defaults(precision="fp32")  # without TF32, so features vary less between GPUs
     return p.parse_args()
 
 
 def main():
     args = get_args()
-    args.precision = "fp32"  # without TF32, so features vary less between GPUs
     rank, _, device, _ = rae.setup_distributed(args)
 
     metrics = args.metrics.split(",")
     if not set(metrics) <= set(METRICS):
         raise UsageError(f"--metrics {args.metrics}: choose from {','.join(METRICS)}")
-    # Default to Inception, except for a distance to the toy, whose encoder needs no download.
+    # Default to Inception, except for FID against the toy: its own encoder needs no download.
     toy_distance = args.reference == "toy" and metrics == ["fid"] and not args.save
     features_name = args.features or ("encoder:toy" if toy_distance else "inception")
     if args.save:
@@ -420,7 +419,9 @@ def main():
             print(f"wrote {args.save}: {samples['n']} images, {samples['size']}, {features.label}")
         return
     compared = [metric for metric in metrics if metric != "is"]  # IS needs no reference
-    reference = load_statistics(args.reference, compared, features, args, device)
+    reference = {}
+    if compared:
+        reference = load_statistics(args.reference, compared, features, args, device)
     if rank > 0:
         return
     for name in ("label", "size"):
@@ -443,7 +444,7 @@ def main():
     if "pr" in metrics:
         scores["precision"], scores["recall"] = precision_recall(samples["pr"], reference["pr"])
     n = samples.get("n", 0)
-    if "FID" in scores and 0 < n < 2048:  # fewer than pool3 has features
+    if "FID" in scores and 0 < n < 2048:  # fewer samples than features
         rae.print0(f"warning: FID from only {n} samples is far too high; papers use 50,000")
     numbers = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
     against = f", reference {args.reference}" if compared else ""

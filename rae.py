@@ -45,8 +45,8 @@ class UsageError(Exception):
 # ---------------------------------------------------------------------------------------------
 # Encoder
 
-# name: (timm model, antialias, timm options). The official code differs from timm in whether
-# positions are resized with antialiasing, and in exact or tanh GELU. We follow the official code.
+# name: (timm model, antialias, timm options). The official code and timm differ in GELU (exact or
+# tanh) and in antialiasing when positions are resized; we follow the official code.
 ENCODERS = {
     "dinov2-s": ("vit_small_patch14_reg4_dinov2.lvd142m", True, {}),
     "dinov2-b": ("vit_base_patch14_reg4_dinov2.lvd142m", True, {}),
@@ -217,8 +217,7 @@ class RAE(nn.Module):
         # Files keep the official (C, h, w); latents are tokens, (N, C).
         self.register_buffer("latent_mean", mean.flatten(1).T.contiguous())
         self.register_buffer("latent_std", (var + 1e-5).sqrt().flatten(1).T.contiguous())
-        # Fingerprint of the latent space, to detect an encoder retrained under the same name. It
-        # hashes the saved var, not latent_std, because square roots are rounded differently by CPU.
+        # Detects an encoder retrained under its old name. (sqrt varies by CPU, so we hash var.)
         blocks = encoder.vit.blocks.state_dict()
         self.latent_hash = hash_tensors([*blocks.values(), mean, var])
 
@@ -267,8 +266,8 @@ OFFICIAL_NAMES = [
 
 
 def find_file(name):
-    """The local path of a model: a path, "toy" (its decoder), "released:NAME" with a key of
-    RELEASED_DECODERS, or "released:FOLDER" for a DiT, such as ImageNet256/DiTDH-XL.
+    """Resolve a model name to a local path. name: a path, "toy" (its decoder), "released:NAME" with
+    a key of RELEASED_DECODERS, or "released:FOLDER" for a DiT, such as ImageNet256/DiTDH-XL.
     """
     if name == "toy":
         return TOY / "decoder.pt"
@@ -312,7 +311,7 @@ def atomic_save(content, path):
 
 
 def make_folder(path):
-    """Create a folder. Fail now, not at the first save, if we cannot write to it."""
+    """Create a folder. If we can't write to it, fail now rather than at the first save."""
     Path(path).mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
         raise UsageError(f"{path}: no permission to write")
@@ -324,7 +323,7 @@ def load_timm(model, weights=None, **options):
 
     overlay = {"file": weights} if weights else None
     try:
-        # Build it with its classifier; otherwise timm accepts a file with missing tensors.
+        # Load it with its classifier; without it, timm tolerates missing tensors.
         net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except Exception as error:  # the hub's client, torch and timm raise a dozen types
         raise UsageError(f"cannot load {model} from {weights or 'timm'}: {error}") from error
@@ -363,13 +362,13 @@ def load_encoder(name, image_size, weights=None):
 
 
 def load_decoder(file, name="decoder"):
-    """Build the Decoder from a loaded file, in eval mode, with its EMA weights if present.
+    """Build the Decoder from a loaded file, in eval mode.
 
-    file: a checkpoint of train_decoder.py, or a state dict with the official names. Sizes are read
-    from tensor shapes, except the number of heads.
+    file: a checkpoint of train_decoder.py (its EMA is used), or a state dict with the official
+    names. Sizes are read from tensor shapes, except the number of heads.
     """
     state = file.get("ema") or file
-    # The last two are prefixes of DDP and torch.compile.
+    # The last two pairs strip the prefixes that DDP and torch.compile add.
     for ours, official in [*OFFICIAL_NAMES, ("", "module."), ("", "_orig_mod.")]:
         state = {key.replace(official, ours): tensor for key, tensor in state.items()}
     if "decoder_embed.weight" not in state:
@@ -415,7 +414,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     rae = RAE(encoder_vit, decoder_vit, mean, var)
     trained_hash = file.get("latent_hash")  # official files have none
     if stats is None and trained_hash and trained_hash != rae.latent_hash:
-        raise UsageError(f"{name}: its encoder has changed; restore it, or retrain the decoder")
+        raise UsageError(f"{name} was trained with another encoder; use that, or retrain it")
     return rae.to(device).eval().requires_grad_(False)
 
 
@@ -438,7 +437,7 @@ def open_image(path):
         if image.mode.startswith("I"):  # 16-bit gray, which older Pillow opens in mode I
             pixels = np.asarray(image)
             if pixels.max() < 4096:
-                warnings.warn("a 16-bit image with no value over 4,095 (12 bits?) will look dark")
+                warnings.warn(f"{path} has 16 bits but no value over 4,095, so it will look dark")
             image = Image.fromarray((pixels / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -526,7 +525,7 @@ def read_batches(data, batches, workers, device):
 
 
 def seeded_generator(*key, device="cpu"):
-    """A torch generator for a purpose and a place in the run: ("noise", seed, step, row)."""
+    """A generator seeded by purpose and place in the run, such as ("noise", seed, step, row)."""
     digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
 
@@ -550,14 +549,14 @@ def setup_distributed(args):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        # Import timm before joining; otherwise it keeps the group alive, and gloo crashes at exit.
+        # Import timm before joining; imported later, it keeps the group alive, and gloo crashes.
         import timm  # noqa: F401
 
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # others wait for rank 0
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # time for rank 0's evaluation
 
     # bf16 computes matrix products in bfloat16 (autocast); weights, norms, residual streams and
-    # losses stay in float32. tf32 rounds only the inputs of float32 products, on GPUs.
+    # losses stay in float32. tf32 (on in bf16 mode too) rounds only the inputs of float32 products.
     precision = args.precision
     if precision == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -615,8 +614,9 @@ def load_optimizer(optimizer, saved):
     parameters = optimizer.param_groups[0]["params"]
     for i, moments in saved["state"].items():
         for name in ("exp_avg", "exp_avg_sq"):
-            # copy_ checks shapes. The fused kernel does not, and would write out of bounds.
-            moments[name] = torch.empty_like(parameters[i]).copy_(moments[name])
+            # view_as checks sizes. The fused kernel does not, and would write out of bounds.
+            moment = moments[name].view_as(parameters[i])
+            moments[name] = torch.empty_like(parameters[i]).copy_(moment)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
 
 
@@ -625,8 +625,8 @@ def check_same_run(out, saved, settings):
     for name in sorted(saved.keys() | settings.keys()):
         there, here = saved.get(name), settings.get(name)
         if there != here:
-            message = f"{out} has a run with {name} {there}, not {here}; choose another --out"
-            raise UsageError(f"{message} (in training, --init starts from its weights)")
+            message = f"{out} holds a run with {name} {there}, not {here}; choose another --out"
+            raise UsageError(f"{message} (or train from its weights with --init)")
 
 
 def open_log(out, step):
@@ -639,7 +639,7 @@ def open_log(out, step):
     end = 0
     for line in log:
         match = re.match(rb'{"step": (\d+)', line)
-        if not line.endswith(b"\n") or match and int(match[1]) > step:
+        if not line.endswith(b"\n") or (match and int(match[1]) > step):
             break  # a later step, or a line that a kill cut short
         end += len(line)
     log.truncate(end)

@@ -9,14 +9,13 @@
 With --out NAME, the script writes NAME/000000.png, NAME/000001.png and so on. Then it writes
 NAME.npz, which holds all images as uint8 (num, H, W, 3) for fid.py or ADM's evaluator, and
 NAME.png, a grid of the first 100. To resume, rerun the same command: it skips finished batches.
-Other settings or model files need another NAME. The noise for image i depends only on (seed, i).
+Pick a new NAME when settings or model files change. Image i's noise depends only on (seed, i).
 """
 
 import argparse
 import json
 import math
 import os
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -45,7 +44,7 @@ from rae import (
     setup_distributed,
 )
 
-# Batches fit in 24 GB. The ImageNet presets use no guidance, as for the paper's FID of 1.51.
+# Batches fit in 24 GB. The ImageNet presets are unguided, as for the paper's FID of 1.51.
 TOY = {"ckpt": "out/diffusion/checkpoint.pt", "num": 500, "cfg_scale": 1.5, "batch_size": 250}
 IMAGENET = {"num": 64, "cfg_scale": 1.0, "batch_size": 64}
 PRESETS = {
@@ -65,7 +64,7 @@ def get_args():
     # model and latents
     p.add_argument("--ckpt", help="checkpoint of train_diffusion.py, or released:NAME")
     p.add_argument("--decoder", help="decoder file or released:NAME (default: as in training)")
-    p.add_argument("--encoder", help="encoder of an official decoder file")
+    p.add_argument("--encoder", help="encoder to use with an official decoder")
     p.add_argument("--encoder-weights", help="local file of the encoder's timm weights")
     p.add_argument("--stats", help="latent statistics for an official decoder file")
     # images
@@ -78,7 +77,7 @@ def get_args():
         "--t-last", type=bounded(0, 0.999), default=0.0, help="final t (official: 0.001)"
     )
     p.add_argument("--alpha", type=bounded(1e-3), help="schedule shift (default: as in training)")
-    p.add_argument("--cfg-scale", type=bounded(0), help="CFG, 1: off; unused in AutoGuidance")
+    p.add_argument("--cfg-scale", type=bounded(0), help="CFG scale, 1: off; not in AutoGuidance")
     p.add_argument("--guidance-model", help="AutoGuidance: checkpoint of the weaker model")
     p.add_argument("--guidance-scale", type=bounded(0), help="AutoGuidance scale (paper: 1.42)")
     p.add_argument(
@@ -99,7 +98,7 @@ def get_args():
 
 
 def balanced_labels(classes, num):
-    """num labels that cycle through the classes, or are evenly spaced if num < len(classes)."""
+    """num labels that cycle through the classes, or evenly spaced ones if num < len(classes)."""
     if num >= len(classes):
         return [classes[i % len(classes)] for i in range(num)]
     return [classes[i * len(classes) // num] for i in range(num)]
@@ -123,12 +122,12 @@ def check_model(name, model, settings, rae, labels):
     latents = settings.get("latents")  # official files don't record it
     if not same_shape or (latents is not None and latents != rae.latent_hash):
         raise UsageError(
-            f"{name} was trained on other latents; pass the --decoder it was trained with"
+            f"{name} was not trained on these latents; pass the --decoder it was trained with"
         )
     null = model.num_classes
     label_drop = settings.get("label_drop", 0.1)
     if label_drop == 0 and null in labels:
-        raise UsageError(f"{name} has no null label; use --cfg-scale 1, not --classes null")
+        raise UsageError(f"{name} has no null label; use --cfg-scale 1 without --classes null")
     if label_drop == 1 and labels != {null}:
         raise UsageError(f"{name} was trained without classes; pass --classes null")
 
@@ -137,8 +136,8 @@ def check_model(name, model, settings, rae, labels):
 def generate(rae, model, labels, timesteps, seed, autocast=nullcontext(), first=0, **guidance):
     """Sample and decode one batch of images (B, 3, H, W) in [0, 1].
 
-    labels is a list of B labels. The noise for labels[i] is that of image first + i. guidance: see
-    dit_dh.sample.
+    labels is a list of B class numbers; labels[i] gets the noise of image first + i.
+    guidance is passed to dit_dh.sample.
     """
     device = rae.latent_mean.device
     y = torch.tensor(labels, device=device)  # (B,)
@@ -167,25 +166,24 @@ def save_grid(images, path, columns):
 
 
 def save_png(image, path):
-    """Write a uint8 image (H, W, 3) atomically, so that a kill leaves no partial PNG."""
+    """Write a uint8 image (H, W, 3) atomically: an interrupted run leaves no partial PNG."""
     temporary = f"{path}.{os.getpid()}.tmp"
     Image.fromarray(image).save(temporary, "PNG")
     os.replace(temporary, path)
 
 
 def claim_folder(folder, settings):
-    """Create the folder and record settings. Raise UsageError if it already records others."""
-    path = folder / "settings.json"
+    """Record the settings in a new folder. Raise UsageError if it holds other files or settings."""
     make_folder(folder)
-    if any(folder.iterdir()) and not path.exists():
+    path = folder / "settings.json"
+    files = os.listdir(folder)
+    if not files:
+        temporary = f"{folder}.{os.getpid()}.json"
+        Path(temporary).write_text(json.dumps(settings))
+        os.replace(temporary, path)
+    elif "settings.json" not in files:
         raise UsageError(f"{folder} is not empty; delete it or change --out")
-    try:
-        with open(path, "x") as f:  # only one of two commands can create it
-            json.dump(settings, f)
-    except FileExistsError:
-        if path.stat().st_size == 0:
-            time.sleep(1)  # the other command is about to write it
-        check_same_run(folder, json.loads(path.read_text() or "{}"), settings)
+    check_same_run(folder, json.loads(path.read_text()), settings)
 
 
 def main():
@@ -194,7 +192,7 @@ def main():
     rank, world_size, device, autocast = setup_distributed(args)
 
     # Model and RAE. Our checkpoints record their RAE; official files don't.
-    model, trained, rae_files = load_model(args.ckpt)
+    model, train_settings, rae_files = load_model(args.ckpt)
     if not rae_files:
         official = "released:dinov2-b-512" if model.grid_size == 32 else "released:dinov2-b"
         rae_files = {"decoder": official}
@@ -206,8 +204,10 @@ def main():
 
     # Labels: by default all classes, or the null label if the model was trained on it alone
     null = model.num_classes
-    classes = args.classes or list(range(null))
-    if args.classes == "null" or (args.classes is None and trained.get("label_drop") == 1):
+    classes = args.classes
+    if classes is None:
+        classes = [null] if train_settings.get("label_drop") == 1 else list(range(null))
+    elif classes == "null":
         classes = [null]
     elif not all(0 <= label < null for label in classes):
         raise UsageError(f"--classes must be from 0 to {null - 1}")
@@ -217,21 +217,21 @@ def main():
     used_labels = set(classes)
     guidance = {"interval": args.interval}
     if args.guidance_model:
-        guidance_model, guidance_trained, _ = load_model(args.guidance_model)
-        check_model(args.guidance_model, guidance_model, guidance_trained, rae, used_labels)
+        guidance_model, guidance_settings, _ = load_model(args.guidance_model)
+        check_model(args.guidance_model, guidance_model, guidance_settings, rae, used_labels)
         guidance["guidance_model"] = guidance_model.to(device)
         guidance["guidance_scale"] = args.guidance_scale
     elif args.cfg_scale != 1 and classes != [null]:
         guidance["cfg_scale"] = args.cfg_scale
         used_labels.add(null)
-    check_model(args.ckpt, model, trained, rae, used_labels)
+    check_model(args.ckpt, model, train_settings, rae, used_labels)
 
     # Timesteps, by default shifted as in training
-    alpha = args.alpha or trained.get("alpha") or shift_alpha(*rae.latent_mean.shape)
+    alpha = args.alpha or train_settings.get("alpha") or shift_alpha(*rae.latent_mean.shape)
     timesteps = time_grid(args.steps, alpha, args.t_last)
     print0(f"{args.num} images in {args.steps} steps, alpha {alpha:.3f}")
 
-    # Never mix images of different settings or model files in one folder.
+    # Never mix images from different settings or model files in one folder.
     if rank == 0:
         models = [args.ckpt, args.guidance_model, rae_files["decoder"], rae_files.get("stats")]
         times = [os.path.getmtime(find_file(name)) for name in models if name]
@@ -242,7 +242,7 @@ def main():
     if world_size > 1:
         dist.barrier()
 
-    # Sample the missing batches. They are the same for any world size, and so is their rounding.
+    # Sample the missing batches. Any world size gives the same batches, and so the same rounding.
     todo = []
     for batch in rank_batches(args.num, args.batch_size):
         if not all((folder / f"{i:06d}.png").exists() for i in batch):
@@ -273,7 +273,7 @@ def main():
         with open(temporary, "wb") as f:
             np.savez(f, arr_0=images)
         os.replace(temporary, f"{folder}.npz")
-        grid = torch.from_numpy(images[:100]).permute(0, 3, 1, 2) / 255  # (100, 3, H, W)
+        grid = torch.from_numpy(images[:100]).permute(0, 3, 1, 2) / 255  # (at most 100, 3, H, W)
         save_grid(grid, f"{folder}.png", columns=min(10, args.num))
         print0(f"wrote {folder}.npz and {folder}.png")
 

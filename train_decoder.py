@@ -6,8 +6,8 @@
 
 The loss is L1 + perceptual + w * lambda * GAN (appendix C), where lambda scales the GAN's gradient
 to the norm of the reconstruction gradient. The perceptual loss and the discriminator run on
-features of frozen networks: with --loss-networks published, VGG16 (LPIPS) and DINO-S/8 as in the
-paper, where w = 0.75; with --loss-networks encoder, the encoder itself (no download).
+features of frozen networks. --loss-networks published uses VGG16 (LPIPS) and DINO-S/8, as in the
+paper; --loss-networks encoder uses the encoder itself. The paper's w (--disc-weight) is 0.75.
 
 Writes checkpoint.pt, log.jsonl and grid_*.png (rows: images, reconstructions, reconstructions from
 noisy tokens) to --out. Rerun the same command to resume.
@@ -42,7 +42,7 @@ TOY = {
     "encoder": "toy",
     "image_size": 32,
     "size": "toy",
-    "loss_networks": "encoder",  # no download
+    "loss_networks": "encoder",
     "disc_weight": 0.1,
     "global_batch_size": 64,
     "steps": 800,
@@ -81,12 +81,12 @@ PRESETS = {
     "imagenet256": IMAGENET,
     "imagenet512": IMAGENET | {"image_size": 512, "resize": 768, "micro_batch_size": 16},
 }
-# Flags that may change on resume. Images and encoder are hashed, so their paths may change. The
-# micro-batch size may not: the GAN's adaptive weight is computed per micro-batch.
+# Flags that may change on resume. Images and encoder are compared by hash, so paths may differ. The
+# micro-batch size must stay: the GAN's adaptive weight is computed per micro-batch.
 MAY_CHANGE = """preset out device workers compile checkpoint_activations data val_data encoder
 encoder_weights lpips_weights vgg_weights dino_weights eval_every eval_num eval_sigma log_every
 save_every""".split()
-LOSSES = ("l1", "perceptual", "g_loss", "disc_weight", "d_loss")  # in the log
+LOSSES = ("l1", "perceptual", "g_loss", "gan_weight", "d_loss")  # in the log
 LPIPS_URL = (
     "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
 )
@@ -200,8 +200,8 @@ class InstanceNorm(nn.InstanceNorm1d):
 class DiscriminatorHead(nn.Module):
     """Features (B, N, C) of one layer -> logits (B, N), one per token (appendix C).
 
-    Spectrally normalized convolutions run along the tokens. Activations get instance norm, not
-    batch norm, so that an image's logits don't depend on its batch.
+    Spectrally normalized convolutions run along the tokens. Instance norm, unlike batch norm, keeps
+    an image's logits independent of its batch.
     """
 
     def __init__(self, width):
@@ -266,17 +266,17 @@ def diffaug(x, u):
 
 
 def hinge_d_loss(logits_real, logits_fake):
-    """The discriminator's loss. Pushes real images' logits above 1, reconstructions' below -1."""
+    """Push the logits of real images above 1 and those of reconstructions below -1."""
     loss_real = F.relu(1 - logits_real).mean()
     loss_fake = F.relu(1 + logits_fake).mean()
     return (loss_real + loss_fake) / 2
 
 
 def adaptive_weight(rec_grad, gan_grad):
-    """lambda = |rec_grad| / (|gan_grad| + 1e-6) in [0, 1e4], as in VQGAN (Esser et al. 2021).
+    """lambda = |rec_grad| / (|gan_grad| + 1e-6), at most 1e4, as in VQGAN (Esser et al. 2021).
 
-    Scaled by lambda, the GAN gradient has the norm of the reconstruction gradient. Both are taken
-    at the last layer's weight, as in the official code (the paper: at the image).
+    Scaled by lambda, the GAN gradient has the norm of the reconstruction gradient. Both are with
+    respect to the last layer's weight, as in the official code; the paper uses the image.
     """
     return (rec_grad.norm() / (gan_grad.norm() + 1e-6)).clamp(0, 1e4).detach()
 
@@ -324,7 +324,7 @@ def latent_statistics(encoder, data, batch_size, device, workers=0):
     if dist.is_initialized():
         dist.all_reduce(total)
         dist.all_reduce(total_square)
-    n = 2 * len(data)
+    n = 2 * len(data)  # with the mirror images
     mean = total.cpu() / n
     var = (total_square.cpu() / n - mean.square()).clamp(min=0)
     grid = (encoder.grid_size, encoder.grid_size)
@@ -339,7 +339,7 @@ def get_args():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     # images and encoder
     p.add_argument("--data", help="toy, or a folder of images")
-    p.add_argument("--val-data", help="evaluation folder (default: --data, or toy's)")
+    p.add_argument("--val-data", help="evaluation folder (default: --data; toy has its own)")
     p.add_argument("--image-size", type=positive_int, help="pixels of decoded images")
     p.add_argument("--resize", type=positive_int, help="short side before a random crop")
     p.add_argument("--encoder", help="toy, dinov2-{s,b,l}, siglip2-b, mae-b, timm:MODEL or a file")
@@ -370,9 +370,7 @@ def get_args():
     p.add_argument("--out", default="out/decoder", help="output folder")
     p.add_argument("--eval-every", type=positive_int, help="steps between evaluations")
     p.add_argument("--eval-num", type=positive_int, help="images to evaluate on")
-    p.add_argument(
-        "--eval-sigma", type=bounded(0), default=0.8, help="noise level of *_noisy metrics"
-    )
+    p.add_argument("--eval-sigma", type=bounded(0), default=0.8, help="noise of *_noisy metrics")
     args = rae.parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
     if args.resize and args.resize < args.image_size:
         raise UsageError("--resize must be at least --image-size")
@@ -402,11 +400,11 @@ def random_crop(image, size, generator, short_side):
 def evaluate(encoder, decoder, data, args, batch_size, lpips=None):
     """PSNR, LPIPS if given, and the Frechet distance in the encoder's features, on rank 0.
 
-    Returns a dict and a grid of up to 16 images and their reconstructions, (3 * 16, 3, H, W).
-    Numbers named *_noisy are for tokens with noise of level --eval-sigma. The distance flatters
+    Returns a dict and a grid (3 n, 3, H, W): n <= 16 images and their two reconstructions.
+    The *_noisy numbers come from tokens with noise of level --eval-sigma. The distance flatters
     decoders trained with --loss-networks encoder, which optimize these features.
     """
-    # The same random images each time, in random order, so that the grid shows many classes.
+    # A fixed random subset, shuffled so that the grid shows many classes.
     generator = rae.seeded_generator("eval", args.seed)
     order = torch.randperm(len(data), generator=generator)[: args.eval_num]
     batches = order.split(batch_size)
@@ -444,8 +442,8 @@ def main():
     out = Path(args.out)
     rae.make_folder(out)
 
-    # Data and frozen encoder. Only training sees random crops; read_batches, for statistics and
-    # evaluation, crops at the center. Training doesn't flip images, as in the official code.
+    # Data and frozen encoder. Random crops are for training only; statistics and evaluation use
+    # read_batches, which center-crops. Training doesn't flip images, as in the official code.
     crop = rae.center_crop
     if args.resize:
         crop = partial(random_crop, short_side=args.resize)
@@ -496,7 +494,7 @@ def main():
     optimizer = torch.optim.AdamW(decoder.parameters(), **adamw)
     d_optimizer = torch.optim.AdamW(discriminator.parameters(), **adamw)
 
-    # Latent statistics of center crops. Stage 1 saves them for stage 2 but does not use them.
+    # Latent statistics for stage 2, which does flip images, so they include mirror images.
     checkpoint = None
     if (out / "checkpoint.pt").exists():
         checkpoint = rae.load(out / "checkpoint.pt")
@@ -511,6 +509,7 @@ def main():
     # Resume, or start from other weights
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings |= {"images": data.fingerprint, "latents": latent_hash}
+    settings["micro_batch_size"] = micro_batches[0].stop  # depends on the number of processes
     first_step = 0
     if checkpoint is not None:
         rae.check_same_run(out, checkpoint.get("settings", {}), settings)
@@ -573,7 +572,7 @@ def main():
         u_decoder, u_real, u_fake = u[rows.start : rows.stop].unbind(1)  # (b, 5) each
 
         # Decoder step, one micro-batch at a time, with a frozen discriminator. DDP averages the
-        # gradients over the ranks in the last backward pass only (the flag replaces no_sync).
+        # gradients over the ranks in the last backward pass only (the flag does what no_sync does).
         discriminator.eval().requires_grad_(False)
         losses = torch.zeros(len(LOSSES), device=device)
         clean_tokens = []
@@ -596,15 +595,15 @@ def main():
             rec_loss = l1 + perceptual
 
             g_loss = torch.zeros_like(l1)
-            disc_weight = torch.zeros_like(l1)
+            gan_weight = torch.zeros_like(l1)
             if args.disc_weight > 0 and step >= start_gan:
                 with autocast:
                     g_loss = -discriminator(disc_backbone(diffaug(fake, u_decoder[micro]))).mean()
                 (rec_grad,) = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)
                 (gan_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
-                disc_weight = args.disc_weight * adaptive_weight(rec_grad, gan_grad)
-            (share * (rec_loss + disc_weight * g_loss)).backward()
-            losses[:4] += share * torch.stack([l1, perceptual, g_loss, disc_weight]).detach()
+                gan_weight = args.disc_weight * adaptive_weight(rec_grad, gan_grad)
+            (share * (rec_loss + gan_weight * g_loss)).backward()
+            losses[:4] += share * torch.stack([l1, perceptual, g_loss, gan_weight]).detach()
 
         norm = nn.utils.get_total_norm([p.grad for p in decoder.parameters()])
         finite = bool(norm.isfinite())  # a host-device sync
@@ -613,8 +612,8 @@ def main():
             rae.update_ema(ema, decoder, args.ema, step)
         optimizer.zero_grad()
 
-        # Discriminator step. Fakes are clean tokens decoded by the updated decoder, then rounded to
-        # 8 bits.
+        # Discriminator step. Fakes are the updated decoder's reconstructions from clean tokens,
+        # rounded to 8 bits.
         if args.disc_weight > 0 and step >= start_d:
             discriminator.train().requires_grad_(True)
             for micro, tokens in zip(micro_batches, clean_tokens):

@@ -4,7 +4,7 @@
     python train_diffusion.py --data FOLDER --decoder out/decoder/checkpoint.pt --out out/photos
     torchrun --standalone --nproc_per_node=8 train_diffusion.py --preset imagenet256 --out out/big
 
-Writes checkpoint.pt, log.jsonl, samples_*.png (one column per class, always from the same noise),
+Writes checkpoint.pt, log.jsonl, samples_*.png (a column per class, always from the same noise),
 reconstructions.png and ema_*.pt (--keep-every) to --out. Rerun the same command to resume.
 """
 
@@ -87,11 +87,11 @@ IMAGENET = {
 PRESETS = {
     "toy": TOY,
     "imagenet256": IMAGENET,
-    # The same schedule, stopped after 400 epochs, where the paper reports its 512 px results.
+    # The same schedule, stopped after 400 epochs, as for the paper's 512 px results.
     "imagenet512": IMAGENET
     | {"decoder": "released:dinov2-b-512", "micro_batch_size": 16, "stop_at": 500400},
 }
-# Flags that may change on resume. Images and latents are hashed, so their paths may change.
+# Flags that may change on resume. Images and latents are compared by hash, so paths may change.
 MAY_CHANGE = """preset out device workers micro_batch_size compile checkpoint_activations
 log_every sample_every save_every keep_every stop_at
 data decoder encoder encoder_weights stats""".split()
@@ -121,7 +121,7 @@ def get_args():
     p.add_argument("--data", help="toy, or a folder with one subfolder per class")
     p.add_argument("--no-flip", action="store_true", help="don't mirror images")
     p.add_argument("--decoder", help="toy, a checkpoint of train_decoder.py or released:NAME")
-    p.add_argument("--encoder", help="encoder of an official decoder file")
+    p.add_argument("--encoder", help="encoder to use with an official decoder")
     p.add_argument("--encoder-weights", help="local file of the encoder's timm weights")
     p.add_argument("--stats", help="latent statistics for an official decoder file")
     # model
@@ -159,8 +159,9 @@ def add_training_flags(p):
 
 
 class StepBatches(Dataset):
-    """Item `step` is this rank's share of that step's global batch: images (b, 3, H, W) uint8 and
-    labels (b,). rows: the share's place in the global batch; micro_batches: slices of the share.
+    """Item `step` is the part of that step's global batch that this rank trains on: images
+    (b, 3, H, W) uint8 and labels (b,). `rows` are its rows of the global batch, `micro_batches`
+    slices of it.
     """
 
     def __init__(self, data, args, flip, rank, world_size):
@@ -189,7 +190,7 @@ class StepBatches(Dataset):
         return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
 
-@lru_cache(maxsize=2)  # a batch may span two epochs
+@lru_cache(maxsize=1)
 def epoch_order(seed, epoch, num_images):
     """The order (num_images,) in which an epoch visits the images."""
     return torch.randperm(num_images, generator=seeded_generator("epoch", seed, epoch)).numpy()
@@ -261,16 +262,15 @@ def main():
         state = load_model(args.init)[0].state_dict()
         table = "y_embedder.embedding_table.weight"
         if len(state[table]) != model.num_classes + 1:
-            print0(f"{args.init} has a different number of classes: new label embedding")
+            print0(f"{args.init} has other classes; starting from a new label embedding")
             state[table] = model.state_dict()[table]
         model.load_state_dict(state)
         ema.load_state_dict(state)
 
-    num_parameters = sum(p.numel() for p in model.parameters())
-    print0(f"{len(data)} images, {num_parameters:,} parameters, alpha {alpha:.3f}")
+    print0(f"{len(data)} images, alpha {alpha:.3f}")
     if rank == 0:
         log = open_log(out, first_step)
-        # Samples can't beat reconstructions, so look at those first.
+        # Reconstructions limit the quality of samples, so look at them first.
         batch = np.linspace(0, len(data) - 1, 16).astype(int)
         (images,) = read_batches(data, [batch], 0, device)  # (16, 3, H, W) in [0, 1]
         reconstructions = rae.decode(rae.encode(images)).clamp(0, 1)  # (16, 3, H, W)
@@ -311,8 +311,8 @@ def main():
         y = torch.where(drop, model.num_classes, labels)  # (b,); num_classes is the null label
 
         # Loss and gradients, one micro-batch at a time. DDP averages the gradients over the ranks
-        # in the last backward pass only (the flag replaces no_sync). The encoder runs in float32
-        # because the latent statistics were computed in float32.
+        # in the last backward pass only (the flag does what no_sync does). The encoder runs in
+        # float32 because the latent statistics were computed in float32.
         losses = []
         for micro in batches.micro_batches:
             keys = [("noise", args.seed, step, row) for row in rows[micro]]
@@ -373,7 +373,7 @@ def main():
             grid = generate(rae, ema, grid_labels, timesteps, args.seed, autocast)
             save_grid(grid, out / f"samples_{done:07d}.png", columns=len(classes))
 
-        # Save last: a checkpoint at step N implies that its log line and samples exist.
+        # Save last: once step N's checkpoint exists, so do its log line and samples.
         if rank == 0 and args.keep_every and done % args.keep_every == 0:
             snapshot = {
                 "ema": ema.state_dict(),

@@ -127,7 +127,7 @@ def test_processes_stay_equal_with_the_gan(tmp_path, data, micro):
     assert kept[0]["wrapped"] == ["Decoder", "Discriminator"]
     assert len(kept[0]["optimizers"]) == 2
     assert same(kept[0], kept[1])
-    assert all(line["disc_weight"] > 0 and line["d_loss"] > 0 for line in log)
+    assert all(line["gan_weight"] > 0 and line["d_loss"] > 0 for line in log)
 
 
 @pytest.mark.slow

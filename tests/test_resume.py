@@ -106,7 +106,7 @@ def test_a_run_with_other_settings_is_named():
         ({"seed": 0, "old": 3, "new": 4}, "new None, not 4"),
         ({"seed": 0}, "old 3, not None"),
     ):
-        with pytest.raises(UsageError, match=f"out has a run with {message}"):
+        with pytest.raises(UsageError, match=f"out holds a run with {message}"):
             R.check_same_run("out", saved, changed)
 
 

@@ -318,7 +318,7 @@ def test_starts_keep_their_shape_in_short_runs(run):
     run("train_decoder.py", flags, tiny=False)
     log = [x for x in log_of("out/decoder") if "l1" in x]
     assert [x["step"] for x in log] == list(range(1, 9))
-    for key, first in (("perceptual", 2), ("d_loss", 4), ("disc_weight", 6)):
+    for key, first in (("perceptual", 2), ("d_loss", 4), ("gan_weight", 6)):
         assert [x[key] > 0 for x in log] == [i >= first for i in range(8)], key
 
 
@@ -327,7 +327,7 @@ def test_weight_zero_turns_a_loss_off(run):
     run("train_decoder.py", f"{flags} --steps 1 --global-batch-size 4 --eval-num 2", tiny=False)
     line = log_of("out/decoder")[0]
     assert line["l1"] > 0
-    assert line["perceptual"] == line["disc_weight"] == line["d_loss"] == 0
+    assert line["perceptual"] == line["gan_weight"] == line["d_loss"] == 0
 
 
 @pytest.mark.slow
@@ -383,7 +383,7 @@ def test_published_loss_networks_run(run, vgg_file):
     run("train_decoder.py", f"{flags} --steps 2 --starts 0 0 0.5 --log-every 1", tiny=False)
     first, second, scores = log_of("out/decoder")
     assert first["perceptual"] > 0 and first["d_loss"] > 0
-    assert first["disc_weight"] == 0 and second["disc_weight"] > 0
+    assert first["gan_weight"] == 0 and second["gan_weight"] > 0
     assert {"lpips", "lpips_noisy", "psnr", "encoder_distance"} <= scores.keys()
     file = R.load("out/decoder/checkpoint.pt")
     names = [*file["model"], *file["discriminator"]]
