@@ -178,7 +178,7 @@ class EncoderFeatures:
         if any(image.shape != (3, self.side, self.side) for image in images):
             raise UsageError("encoder features need square images of one size; pass --crop")
         images = torch.stack(images).float() / 255  # (B, 3, H, W)
-        return (self.encoder(images).mean(dim=1),)
+        return (self.encoder(images).mean(1),)
 
 
 def read_npz(path):

@@ -104,8 +104,12 @@ class Encoder(nn.Module):
         return tokens[:, self.vit.num_prefix_tokens :].float()  # (B, N, C): no CLS, no registers
 
     def denormalize(self, images):
-        """From the encoder's normalized space, in which the decoder predicts, back to [0, 1]."""
+        """Map the decoder's output from the encoder's normalized pixel space to [0, 1]."""
         return images * self.pixel_std + self.pixel_mean
+
+    def latent_hash(self, mean, var):
+        """Fingerprint the latent space, to detect an encoder retrained under its old name."""
+        return hash_tensors([*self.vit.blocks.state_dict().values(), mean, var])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ class RAE(nn.Module):
     """Encoder, decoder, and the statistics that normalize the latents between them.
 
     mean and var, (C, h, w), are computed over the training set, one value per channel and position.
-    The diffusion model is trained on z = (tokens - mean) / sqrt(var + 1e-5), the decoder on tokens.
+    Diffusion trains on z = (tokens - mean) / sqrt(var + 1e-5), the decoder on (noisy) tokens.
     """
 
     def __init__(self, encoder, decoder, mean, var):
@@ -214,12 +218,9 @@ class RAE(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.image_size = decoder.grid_size * decoder.patch_size  # of decoded images
-        # Files keep the official (C, h, w); latents are tokens, (N, C).
+        # Statistics are stored as (C, h, w), as in the official files; tokens are (N, C).
         self.register_buffer("latent_mean", mean.flatten(1).T.contiguous())
         self.register_buffer("latent_std", (var + 1e-5).sqrt().flatten(1).T.contiguous())
-        # Detects an encoder retrained under its old name. (sqrt varies by CPU, so we hash var.)
-        blocks = encoder.vit.blocks.state_dict()
-        self.latent_hash = hash_tensors([*blocks.values(), mean, var])
 
     def encode(self, images):
         """Images (B, 3, H, W) in [0, 1] -> latents z (B, N, C)."""
@@ -251,8 +252,8 @@ RELEASED_DECODERS = {  # name: encoder, folder, decoder, statistics
     "siglip2-b": ("siglip2-b", "siglip2/base_p16_i256", "ViTXL_n08", "ImageNet1k"),
     "mae-b": ("mae-b", "mae/base_p16", "ViTXL_n08", "ImageNet1k"),
 }
-# (our name, official name). The official decoder uses Hugging Face's ViT names. fc2 must come last:
-# its official name is a suffix of proj's. extras/to_official.py renames the other way.
+# (our name, official name). The official decoder uses Hugging Face's ViT names. fc2 must follow
+# proj, whose official name ends with fc2's. extras/to_official.py renames the other way.
 OFFICIAL_NAMES = [
     ("norm1.", "layernorm_before."),
     ("query.", "attention.attention.query."),
@@ -323,7 +324,7 @@ def load_timm(model, weights=None, **options):
 
     overlay = {"file": weights} if weights else None
     try:
-        # Load it with its classifier; without it, timm tolerates missing tensors.
+        # Keep the classifier while loading: without it, timm ignores missing tensors.
         net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except Exception as error:  # the hub's client, torch and timm raise a dozen types
         raise UsageError(f"cannot load {model} from {weights or 'timm'}: {error}") from error
@@ -412,9 +413,9 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     var = statistics["var"]
     mean = statistics.get("mean", torch.zeros_like(var))  # some official files lack it
     rae = RAE(encoder_vit, decoder_vit, mean, var)
-    trained_hash = file.get("latent_hash")  # official files have none
-    if stats is None and trained_hash and trained_hash != rae.latent_hash:
-        raise UsageError(f"{name} was trained with another encoder; use that, or retrain it")
+    rae.latent_hash = encoder_vit.latent_hash(mean, var)
+    if stats is None and file.get("latent_hash") not in (None, rae.latent_hash):  # None: official
+        raise UsageError(f"{name} was trained with another encoder; use that or retrain {name}")
     return rae.to(device).eval().requires_grad_(False)
 
 
@@ -477,9 +478,9 @@ def list_images(root):
 
 
 class ImageFolder(Dataset):
-    """The images below a folder; each folder that contains images is one class. Item i is image i,
-    (3, size, size) uint8, center-cropped. For training, `load` applies crop(image, size, generator)
-    instead, and mirrors the image if flip is true.
+    """The images below a folder; each folder that contains images is one class. Item i is a center
+    crop (3, size, size), uint8. For training, `load` applies crop(image, size, generator) instead,
+    and mirrors the image if flip is true.
     """
 
     def __init__(self, root, size, crop=center_crop):
@@ -506,7 +507,7 @@ class ImageFolder(Dataset):
 
 
 def open_data(data, size, split="train", crop=center_crop):
-    """The data set that --data names: "toy" or a folder."""
+    """Open the data set given by --data: "toy" or a folder."""
     return ToyShapes(split, size) if data == "toy" else ImageFolder(data, size, crop)
 
 
@@ -549,7 +550,7 @@ def setup_distributed(args):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        # Import timm before joining; imported later, it keeps the group alive, and gloo crashes.
+        # Import timm before joining; a later import keeps the group alive, and gloo crashes.
         import timm  # noqa: F401
 
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -585,8 +586,7 @@ def print0(text):
 
 def progress(batches, description):
     """A progress bar on rank 0, if stderr is a terminal."""
-    disable = True if get_rank() > 0 or sys.stderr is None else None  # None: on terminals only
-    return tqdm(batches, description, disable=disable)
+    return tqdm(batches, description, disable=None if get_rank() == 0 and sys.stderr else True)
 
 
 def rank_batches(n, batch_size):
@@ -684,7 +684,7 @@ def available_devices():
 
 def parse_args(parser, presets):
     """Add the flags that all scripts share, and parse the command line. --preset selects the other
-    flags' defaults (--help shows the toy's); flags that a preset omits are None.
+    flags' defaults (--help shows the toy's). Flags that toy sets and the preset omits are None.
     """
     devices = available_devices()
     precisions = ["auto", "fp32", "tf32", "bf16"]

@@ -44,7 +44,7 @@ from rae import (
     setup_distributed,
 )
 
-# Batches fit in 24 GB. The ImageNet presets are unguided, as for the paper's FID of 1.51.
+# Batches fit in 24 GB. The ImageNet presets use no guidance, like the paper's 1.51 FID.
 TOY = {"ckpt": "out/diffusion/checkpoint.pt", "num": 500, "cfg_scale": 1.5, "batch_size": 250}
 IMAGENET = {"num": 64, "cfg_scale": 1.0, "batch_size": 64}
 PRESETS = {
@@ -69,7 +69,7 @@ def get_args():
     p.add_argument("--stats", help="latent statistics for an official decoder file")
     # images
     p.add_argument("--num", type=positive_int, help="number of images")
-    p.add_argument("--classes", type=class_list, help="such as 0,3,7, or null (default: all)")
+    p.add_argument("--classes", type=class_list, help="0,3,7 or null, say (default: as trained)")
     p.add_argument("--out", default="out/samples", help="writes OUT/, OUT.npz, OUT.png")
     # sampler
     p.add_argument("--steps", type=positive_int, default=50, help="Euler steps (official: 49)")
@@ -77,7 +77,7 @@ def get_args():
         "--t-last", type=bounded(0, 0.999), default=0.0, help="final t (official: 0.001)"
     )
     p.add_argument("--alpha", type=bounded(1e-3), help="schedule shift (default: as in training)")
-    p.add_argument("--cfg-scale", type=bounded(0), help="CFG scale, 1: off; not in AutoGuidance")
+    p.add_argument("--cfg-scale", type=bounded(0), help="CFG scale, 1: off; not for AutoGuidance")
     p.add_argument("--guidance-model", help="AutoGuidance: checkpoint of the weaker model")
     p.add_argument("--guidance-scale", type=bounded(0), help="AutoGuidance scale (paper: 1.42)")
     p.add_argument(
@@ -98,7 +98,7 @@ def get_args():
 
 
 def balanced_labels(classes, num):
-    """num labels that cycle through the classes, or evenly spaced ones if num < len(classes)."""
+    """Return num labels: cycle through the classes, or space them evenly if num is smaller."""
     if num >= len(classes):
         return [classes[i % len(classes)] for i in range(num)]
     return [classes[i * len(classes) // num] for i in range(num)]
@@ -119,13 +119,13 @@ def load_model(name):
 def check_model(name, model, settings, rae, labels):
     """Raise UsageError unless the model was trained on this RAE's latents and with these labels."""
     same_shape = rae.latent_mean.shape == (model.grid_size**2, model.latent_dim)
-    latents = settings.get("latents")  # official files don't record it
-    if not same_shape or (latents is not None and latents != rae.latent_hash):
+    latents = settings.get("latents")  # None for official files
+    if not same_shape or latents not in (None, rae.latent_hash):
         raise UsageError(
             f"{name} was not trained on these latents; pass the --decoder it was trained with"
         )
     null = model.num_classes
-    label_drop = settings.get("label_drop", 0.1)
+    label_drop = settings.get("label_drop")  # None for official files, which know all labels
     if label_drop == 0 and null in labels:
         raise UsageError(f"{name} has no null label; use --cfg-scale 1 without --classes null")
     if label_drop == 1 and labels != {null}:
@@ -173,7 +173,7 @@ def save_png(image, path):
 
 
 def claim_folder(folder, settings):
-    """Record the settings in a new folder. Raise UsageError if it holds other files or settings."""
+    """Record the settings in an empty folder. A non-empty one must record the same settings."""
     make_folder(folder)
     path = folder / "settings.json"
     files = os.listdir(folder)
@@ -210,7 +210,7 @@ def main():
     elif classes == "null":
         classes = [null]
     elif not all(0 <= label < null for label in classes):
-        raise UsageError(f"--classes must be from 0 to {null - 1}")
+        raise UsageError(f"--classes takes numbers from 0 to {null - 1}, or null")
     labels = balanced_labels(classes, args.num)
 
     # Guidance
@@ -219,6 +219,8 @@ def main():
     if args.guidance_model:
         guidance_model, guidance_settings, _ = load_model(args.guidance_model)
         check_model(args.guidance_model, guidance_model, guidance_settings, rae, used_labels)
+        if guidance_model.num_classes != null:
+            raise UsageError(f"{args.guidance_model} was trained on other classes")
         guidance["guidance_model"] = guidance_model.to(device)
         guidance["guidance_scale"] = args.guidance_scale
     elif args.cfg_scale != 1 and classes != [null]:
@@ -242,7 +244,7 @@ def main():
     if world_size > 1:
         dist.barrier()
 
-    # Sample the missing batches. Any world size gives the same batches, and so the same rounding.
+    # Sample the missing batches. Batches, and so float rounding, don't depend on the world size.
     todo = []
     for batch in rank_batches(args.num, args.batch_size):
         if not all((folder / f"{i:06d}.png").exists() for i in batch):
@@ -269,9 +271,8 @@ def main():
         images = np.empty((args.num, rae.image_size, rae.image_size, 3), np.uint8)
         for i in range(args.num):
             images[i] = Image.open(folder / f"{i:06d}.png")
-        temporary = f"{folder}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as f:
-            np.savez(f, arr_0=images)
+        temporary = f"{folder}.{os.getpid()}.npz"
+        np.savez(temporary, arr_0=images)
         os.replace(temporary, f"{folder}.npz")
         grid = torch.from_numpy(images[:100]).permute(0, 3, 1, 2) / 255  # (at most 100, 3, H, W)
         save_grid(grid, f"{folder}.png", columns=min(10, args.num))

@@ -82,11 +82,11 @@ PRESETS = {
     "imagenet512": IMAGENET | {"image_size": 512, "resize": 768, "micro_batch_size": 16},
 }
 # Flags that may change on resume. Images and encoder are compared by hash, so paths may differ. The
-# micro-batch size must stay: the GAN's adaptive weight is computed per micro-batch.
+# micro-batch size may not change: the GAN's adaptive weight is computed per micro-batch.
 MAY_CHANGE = """preset out device workers compile checkpoint_activations data val_data encoder
 encoder_weights lpips_weights vgg_weights dino_weights eval_every eval_num eval_sigma log_every
 save_every""".split()
-LOSSES = ("l1", "perceptual", "g_loss", "gan_weight", "d_loss")  # in the log
+LOSSES = ("l1", "perceptual", "g_loss", "gan_weight", "d_loss")  # in the log; gan_weight: w lambda
 LPIPS_URL = (
     "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
 )
@@ -99,8 +99,8 @@ class ViTFeatures(nn.Module):
     """Images in [0, 1] -> tokens of several layers of a frozen ViT, (B, N, C) each.
 
     The layers are the final block, then the last block of each quarter, so the final one appears
-    twice, as in the official code. For DINO-S/8 they are blocks 11, 2, 5, 8 and 11, with 784 tokens
-    each (appendix C), without final norm and CLS token.
+    twice, as in the official code. For DINO-S/8: blocks 11, 2, 5, 8 and 11, 784 tokens each
+    (appendix C), before the final norm and without the CLS token.
     """
 
     def __init__(self, encoder):
@@ -145,7 +145,7 @@ class VGGFeatures(nn.Module):
 
 
 class PerceptualLoss(nn.Module):
-    """Distance (B,) between two batches of images in [0, 1] in a frozen network's feature space.
+    """Distances (B,) between paired images in [0, 1], measured on a frozen network's features.
 
     Features are normalized to unit length; squared differences are weighted by channel, averaged
     over positions and summed over layers. With VGGFeatures and the learned weights this is LPIPS
@@ -241,11 +241,11 @@ class Discriminator(nn.Module):
 def diffaug(x, u):
     """DiffAug (Zhao et al. 2020) of images (B, 3, H, W) in [0, 1], with uniform noise u (B, 5).
 
-    Keeps the discriminator from memorizing the training set. Shifts by up to an eighth, filling
-    with gray; then in [-1, 1] brightness + U(-.5, .5), saturation x U(0, 2), contrast x U(.5, 1.5).
+    Keeps the discriminator from memorizing the training set. Shifts by up to 1/8 (gray padding).
+    Then, in [-1, 1]: brightness + U(-.5, .5), saturation x U(0, 2), contrast x U(.5, 1.5).
     """
     x = 2 * x - 1
-    # Shift: crop the padded image at random, without a host-device sync.
+    # Shift: crop the padded image at random, without syncing with the GPU.
     size = x.shape[-1]
     reach = round(size / 8)
     corners = (u[:, :2] * (2 * reach + 1)).long()  # (B, 2): first row, first column
@@ -370,7 +370,7 @@ def get_args():
     p.add_argument("--out", default="out/decoder", help="output folder")
     p.add_argument("--eval-every", type=positive_int, help="steps between evaluations")
     p.add_argument("--eval-num", type=positive_int, help="images to evaluate on")
-    p.add_argument("--eval-sigma", type=bounded(0), default=0.8, help="noise of *_noisy metrics")
+    p.add_argument("--eval-sigma", type=bounded(0), default=0.8, help="noise for *_noisy metrics")
     args = rae.parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
     if args.resize and args.resize < args.image_size:
         raise UsageError("--resize must be at least --image-size")
@@ -450,10 +450,9 @@ def main():
     data = rae.open_data(args.data, args.image_size, crop=crop)
     val_data = rae.open_data(args.val_data or args.data, args.image_size, "val")
     if min(args.eval_num, len(val_data)) < 2:
-        raise UsageError("evaluation needs two images; check --eval-num and --val-data")
+        raise UsageError("evaluation needs at least two images; check --eval-num and --val-data")
     batches = StepBatches(data, args, flip=False, rank=rank, world_size=world_size)
     rows = batches.rows  # this rank's rows of the global batch
-    micro_batches = batches.micro_batches
     eval_batch_size = min(args.micro_batch_size or 64, 64)
     encoder_image_size = args.image_size // args.upsample
     encoder = rae.load_encoder(args.encoder, encoder_image_size, args.encoder_weights).to(device)
@@ -494,7 +493,7 @@ def main():
     optimizer = torch.optim.AdamW(decoder.parameters(), **adamw)
     d_optimizer = torch.optim.AdamW(discriminator.parameters(), **adamw)
 
-    # Latent statistics for stage 2, which does flip images, so they include mirror images.
+    # Latent statistics for stage 2. They include mirror images because stage 2 flips.
     checkpoint = None
     if (out / "checkpoint.pt").exists():
         checkpoint = rae.load(out / "checkpoint.pt")
@@ -504,12 +503,12 @@ def main():
         var = checkpoint["var"]
     else:
         mean, var = latent_statistics(encoder, data, eval_batch_size, device, args.workers)
-    latent_hash = rae.RAE(encoder, ema, mean, var).latent_hash
+    latent_hash = encoder.latent_hash(mean, var)
 
     # Resume, or start from other weights
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings |= {"images": data.fingerprint, "latents": latent_hash}
-    settings["micro_batch_size"] = micro_batches[0].stop  # depends on the number of processes
+    settings["micro_batch_size"] = batches.micro_batch_size  # may depend on the world size
     first_step = 0
     if checkpoint is not None:
         rae.check_same_run(out, checkpoint.get("settings", {}), settings)
@@ -576,14 +575,14 @@ def main():
         discriminator.eval().requires_grad_(False)
         losses = torch.zeros(len(LOSSES), device=device)
         clean_tokens = []
-        for micro in micro_batches:
+        for micro in batches.micro_batches:
             real = images[micro]  # (B, 3, H, W)
             share = len(real) / len(rows)
             keys = [("noise", args.seed, step, row) for row in rows[micro]]
             tokens = encoder(real)  # (B, N, C), in full precision
             eps = rae.seeded_noise(keys, tokens.shape[1:], device)  # (B, N, C)
             clean_tokens.append(tokens)
-            ddp_decoder.require_backward_grad_sync = micro is micro_batches[-1]
+            ddp_decoder.require_backward_grad_sync = micro is batches.micro_batches[-1]
             with autocast:
                 fake = ddp_decoder(add_noise(tokens, sigma[micro], eps))
                 fake = encoder.denormalize(fake)  # (B, 3, H, W)
@@ -616,10 +615,10 @@ def main():
         # rounded to 8 bits.
         if args.disc_weight > 0 and step >= start_d:
             discriminator.train().requires_grad_(True)
-            for micro, tokens in zip(micro_batches, clean_tokens):
+            for micro, tokens in zip(batches.micro_batches, clean_tokens):
                 real = images[micro]  # (B, 3, H, W)
                 share = len(real) / len(rows)
-                ddp_discriminator.require_backward_grad_sync = micro is micro_batches[-1]
+                ddp_discriminator.require_backward_grad_sync = micro is batches.micro_batches[-1]
                 with autocast:
                     with torch.no_grad():
                         fake = to_uint8(encoder.denormalize(decoder(tokens))) / 255
@@ -678,7 +677,7 @@ def main():
             rae.write_log(log, {"step": done, **numbers})
             save_grid(grid, out / f"grid_{done:07d}.png", columns=len(grid) // 3)
 
-        # Save last: a checkpoint at step N implies that its log line and grid exist.
+        # Save last, so that any log line or grid due at this step is already written.
         if rank == 0 and (done % args.save_every == 0 or final):
             checkpoint = {
                 "model": decoder.state_dict(),

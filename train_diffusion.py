@@ -170,6 +170,7 @@ class StepBatches(Dataset):
         local_batch_size = args.global_batch_size // world_size
         self.rows = range(rank * local_batch_size, (rank + 1) * local_batch_size)
         size = args.micro_batch_size or local_batch_size
+        self.micro_batch_size = size
         self.micro_batches = [slice(i, i + size) for i in range(0, local_batch_size, size)]
         self.data = data
         self.args = args
@@ -373,7 +374,7 @@ def main():
             grid = generate(rae, ema, grid_labels, timesteps, args.seed, autocast)
             save_grid(grid, out / f"samples_{done:07d}.png", columns=len(classes))
 
-        # Save last: once step N's checkpoint exists, so do its log line and samples.
+        # Save last, so that any log line or samples due at this step are already written.
         if rank == 0 and args.keep_every and done % args.keep_every == 0:
             snapshot = {
                 "ema": ema.state_dict(),
