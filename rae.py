@@ -252,8 +252,8 @@ RELEASED_DECODERS = {  # name: encoder, folder, decoder, statistics
     "siglip2-b": ("siglip2-b", "siglip2/base_p16_i256", "ViTXL_n08", "ImageNet1k"),
     "mae-b": ("mae-b", "mae/base_p16", "ViTXL_n08", "ImageNet1k"),
 }
-# (our name, official name). The official decoder uses Hugging Face's ViT names. fc2 must follow
-# proj, whose official name ends with fc2's. extras/to_official.py renames the other way.
+# (our name, official name). The official decoder uses Hugging Face's ViT names. fc2 must come after
+# proj, whose official name ends in fc2's. extras/to_official.py renames the other way.
 OFFICIAL_NAMES = [
     ("norm1.", "layernorm_before."),
     ("query.", "attention.attention.query."),

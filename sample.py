@@ -9,7 +9,7 @@
 With --out NAME, the script writes NAME/000000.png, NAME/000001.png and so on. Then it writes
 NAME.npz, which holds all images as uint8 (num, H, W, 3) for fid.py or ADM's evaluator, and
 NAME.png, a grid of the first 100. To resume, rerun the same command: it skips finished batches.
-Pick a new NAME when settings or model files change. Image i's noise depends only on (seed, i).
+Other settings or model files need a new NAME. Image i's noise depends only on (seed, i).
 """
 
 import argparse
@@ -44,7 +44,7 @@ from rae import (
     setup_distributed,
 )
 
-# Batches fit in 24 GB. The ImageNet presets use no guidance, like the paper's 1.51 FID.
+# Batches fit in 24 GB. The ImageNet presets don't use guidance, and neither does the FID of 1.51.
 TOY = {"ckpt": "out/diffusion/checkpoint.pt", "num": 500, "cfg_scale": 1.5, "batch_size": 250}
 IMAGENET = {"num": 64, "cfg_scale": 1.0, "batch_size": 64}
 PRESETS = {
@@ -69,7 +69,7 @@ def get_args():
     p.add_argument("--stats", help="latent statistics for an official decoder file")
     # images
     p.add_argument("--num", type=positive_int, help="number of images")
-    p.add_argument("--classes", type=class_list, help="0,3,7 or null, say (default: as trained)")
+    p.add_argument("--classes", type=class_list, help="such as 0,3,7, or null (default: all)")
     p.add_argument("--out", default="out/samples", help="writes OUT/, OUT.npz, OUT.png")
     # sampler
     p.add_argument("--steps", type=positive_int, default=50, help="Euler steps (official: 49)")
@@ -116,8 +116,8 @@ def load_model(name):
     return model, file.get("settings", {}), file.get("rae", {})
 
 
-def check_model(name, model, settings, rae, labels):
-    """Raise UsageError unless the model was trained on this RAE's latents and with these labels."""
+def check_model(name, model, settings, rae, used_labels):
+    """Raise UsageError unless the model was trained on this RAE's latents and the used labels."""
     same_shape = rae.latent_mean.shape == (model.grid_size**2, model.latent_dim)
     latents = settings.get("latents")  # None for official files
     if not same_shape or latents not in (None, rae.latent_hash):
@@ -125,10 +125,10 @@ def check_model(name, model, settings, rae, labels):
             f"{name} was not trained on these latents; pass the --decoder it was trained with"
         )
     null = model.num_classes
-    label_drop = settings.get("label_drop")  # None for official files, which know all labels
-    if label_drop == 0 and null in labels:
+    label_drop = settings.get("label_drop")  # None for official files; they know all labels
+    if label_drop == 0 and null in used_labels:
         raise UsageError(f"{name} has no null label; use --cfg-scale 1 without --classes null")
-    if label_drop == 1 and labels != {null}:
+    if label_drop == 1 and used_labels != {null}:
         raise UsageError(f"{name} was trained without classes; pass --classes null")
 
 
@@ -173,7 +173,7 @@ def save_png(image, path):
 
 
 def claim_folder(folder, settings):
-    """Record the settings in an empty folder. A non-empty one must record the same settings."""
+    """Record the settings in an empty folder. Any other must already record the same settings."""
     make_folder(folder)
     path = folder / "settings.json"
     files = os.listdir(folder)
@@ -218,9 +218,9 @@ def main():
     guidance = {"interval": args.interval}
     if args.guidance_model:
         guidance_model, guidance_settings, _ = load_model(args.guidance_model)
-        check_model(args.guidance_model, guidance_model, guidance_settings, rae, used_labels)
         if guidance_model.num_classes != null:
             raise UsageError(f"{args.guidance_model} was trained on other classes")
+        check_model(args.guidance_model, guidance_model, guidance_settings, rae, used_labels)
         guidance["guidance_model"] = guidance_model.to(device)
         guidance["guidance_scale"] = args.guidance_scale
     elif args.cfg_scale != 1 and classes != [null]:
@@ -244,7 +244,7 @@ def main():
     if world_size > 1:
         dist.barrier()
 
-    # Sample the missing batches. Batches, and so float rounding, don't depend on the world size.
+    # Sample the missing batches. They, and so rounding errors, don't depend on the world size.
     todo = []
     for batch in rank_batches(args.num, args.batch_size):
         if not all((folder / f"{i:06d}.png").exists() for i in batch):

@@ -101,6 +101,7 @@ ROWS = [
     (SAMPLE, f"{GUIDED} --guidance-model half.pt", "half.pt"),
     (SAMPLE, f"{GUIDED} --guidance-model narrow.pt", "narrow.pt"),
     (SAMPLE, f"{GUIDED} --guidance-model other_latents.pt", "other_latents.pt"),
+    (SAMPLE, f"{GUIDED} --guidance-model few_classes.pt", "few_classes.pt was trained on other"),
     (SAMPLE, f"{RUN} --decoder half.pt", "half.pt"),
     (SAMPLE, f"{RUN} --decoder run/checkpoint.pt", "run/checkpoint.pt"),
     (SAMPLE, f"{RUN} --decoder other_statistics.pt", "--decoder"),
@@ -161,6 +162,7 @@ def write_checkpoints(folder, trained):
     encoder = load(ROOT / "toy/encoder.pt")
     encoder["state_dict"]["blocks.1.attn.proj.bias"] += 1e-3
     narrow = DiTDH(32, 4, (16, 1, 2), None, 10)
+    few_classes = DiTDH(128, 4, (16, 1, 2), None, 3)
     contents = {
         "decoder/checkpoint.pt": decoder,
         "run/checkpoint.pt": run,
@@ -168,6 +170,7 @@ def write_checkpoints(folder, trained):
         "code.pt": {"ema": Code()},
         "bare.pt": {"ema": toy["ema"], "num_heads": toy["num_heads"]},
         "narrow.pt": {"ema": narrow.state_dict(), "config": narrow.config},
+        "few_classes.pt": {"ema": few_classes.state_dict(), "config": few_classes.config},
         "other_latents.pt": run | {"settings": run["settings"] | {"latents": "0123"}},
         "other_statistics.pt": toy | {"mean": toy["mean"] + 1, "latent_hash": None},
         "changed_encoder.pt": encoder,

@@ -104,6 +104,7 @@ def test_checkpoints_of_other_trainers(trained):
             trained("sample.py", "--ckpt theirs.pt")
 
 
+@pytest.mark.slow
 def test_two_copies_of_a_command_sample_the_same(trained, tmp_path):
     flags = "--num 40 --steps 2 --batch-size 2 --device cpu --out"
     for process in [begin("sample.py", f"{flags} s", cwd=tmp_path) for _ in range(2)]:

@@ -292,6 +292,7 @@ def test_mps(run):
     assert np.load("out/samples.npz")["arr_0"].shape == (20, 32, 32, 3)
 
 
+@pytest.mark.slow
 def test_mps_has_every_operator(run):
     """Torch's own table lists which operators have a kernel for Macs."""
     used = set()
