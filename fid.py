@@ -11,8 +11,8 @@ the toy encoder's features.
 Samples and reference can each be a folder of images or an .npz. An .npz holds images (uint8 arr_0
 of shape (N, H, W, 3)), statistics (mu and sigma; mu_s and sigma_s for sFID) or both. ImageNet
 papers report the numbers of ADM's TensorFlow suite (Dhariwal and Nichol 2021). This script
-reimplements that suite but has not been checked against it. With --mode pytorch-fid, its features
-and FID match pytorch-fid's; with --mode adm, torch-fidelity's.
+reimplements that suite but has not been checked against it. Features and FID do match those of
+pytorch-fid (--mode pytorch-fid) and torch-fidelity (--mode adm).
 """
 
 import argparse
@@ -36,8 +36,8 @@ METRICS = ("fid", "sfid", "is", "pr")
 # The Inception network
 #
 # FID is defined by the features of one network: TensorFlow's Inception of 2015, with its original
-# weights. Layers and names are the same as in timm's inception_v3, but the pooling differs. With
-# other pooling or weights, scores can't be compared with published ones.
+# weights. timm's inception_v3 has the same layers and names but pools differently. With other
+# pooling or weights, scores can't be compared with published ones.
 
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -103,7 +103,7 @@ def resize_last(x, size):
     """Linear interpolation of the last dimension as in TensorFlow 1: (..., n) -> (..., size).
 
     Output i reads position i n / size, not (i + 1/2) n / size - 1/2 as in PyTorch and TensorFlow 2.
-    This detail changes FID.
+    The difference is enough to change FID.
     """
     n = x.shape[-1]
     scale = torch.tensor(n / size)  # float32, as in TensorFlow
@@ -220,8 +220,8 @@ def read_image(image, crop):
 def extract_features(images, features, crop, batch_size, device):
     """Features of all images in order, on the CPU: a list of (n, D).
 
-    Ranks take batches in turn, and rank 0 gets everything. The batches, and so the rounding, don't
-    depend on the world size.
+    Batches are dealt out to the ranks, and rank 0 collects the results. Batches are the same for
+    any world size, so rounding is too.
     """
     first = read_image(images[0], crop).to(device)  # to get the feature dimensions
     outputs = [torch.zeros(len(images), x.shape[1]) for x in features([first])]
@@ -240,7 +240,7 @@ def extract_features(images, features, crop, batch_size, device):
 
 
 def load_statistics(source, metrics, features, args, device):
-    """Get what the metrics compare: statistics saved in the .npz, or else computed from images.
+    """Return what the metrics compare: statistics saved in the .npz, or else computed from images.
 
     Returns a dict: "fid" and "sfid" are (mu, sigma), "is" is the Inception score, "pr" the pool3
     features. "label" names the features, "n" counts the images, and "size" is the first image's.
@@ -320,7 +320,7 @@ def inception_score(logits):
     """Inception score (Salimans et al. 2016) from class scores (n, 1008).
 
     exp(H(p(y)) - mean H(p(y | x))), averaged over chunks of 5,000 images in file order, as in ADM's
-    suite. Samples sorted by class would score too low: every chunk would hold few classes.
+    suite. Don't sort samples by class: chunks with few classes score too low.
     """
     scores = []
     for chunk in logits.split(5000):
@@ -445,7 +445,7 @@ def main():
         scores["precision"], scores["recall"] = precision_recall(samples["pr"], reference["pr"])
     n = samples.get("n", 0)
     if "FID" in scores and 0 < n < 2048:  # fewer samples than features
-        rae.print0(f"warning: FID from only {n} samples is far too high; papers use 50,000")
+        rae.print0(f"warning: FID from only {n} samples is biased far upward; papers use 50,000")
     numbers = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
     against = f", reference {args.reference}" if compared else ""
     rae.print0(f"{numbers}  ({n or 'unknown number of'} samples{against}, {samples['label']})")

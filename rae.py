@@ -96,7 +96,7 @@ class Encoder(nn.Module):
         self.eval()
 
     def forward(self, images):
-        # Resize in one bicubic step without antialiasing, as in the official code.
+        # Resize with bicubic interpolation and no antialiasing, as in the official code.
         if images.shape[-1] != self.input_size:
             images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic")
         images = (images - self.pixel_mean) / self.pixel_std  # (B, 3, input_size, input_size)
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
         return images * self.pixel_std + self.pixel_mean
 
     def latent_hash(self, mean, var):
-        """Fingerprint the latent space, to detect an encoder retrained under its old name."""
+        """Hash encoder and statistics, to catch an encoder retrained under its old name."""
         return hash_tensors([*self.vit.blocks.state_dict().values(), mean, var])
 
 
@@ -252,8 +252,8 @@ RELEASED_DECODERS = {  # name: encoder, folder, decoder, statistics
     "siglip2-b": ("siglip2-b", "siglip2/base_p16_i256", "ViTXL_n08", "ImageNet1k"),
     "mae-b": ("mae-b", "mae/base_p16", "ViTXL_n08", "ImageNet1k"),
 }
-# (our name, official name). The official decoder uses Hugging Face's ViT names. fc2 must come after
-# proj, whose official name ends in fc2's. extras/to_official.py renames the other way.
+# (our name, official name). The official decoder uses Hugging Face's ViT names. fc2 comes last
+# because proj's official name ends in fc2's. extras/to_official.py renames the other way.
 OFFICIAL_NAMES = [
     ("norm1.", "layernorm_before."),
     ("query.", "attention.attention.query."),
@@ -324,7 +324,7 @@ def load_timm(model, weights=None, **options):
 
     overlay = {"file": weights} if weights else None
     try:
-        # Keep the classifier while loading: without it, timm ignores missing tensors.
+        # Remove the classifier only after loading: without it, timm ignores missing tensors.
         net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except Exception as error:  # the hub's client, torch and timm raise a dozen types
         raise UsageError(f"cannot load {model} from {weights or 'timm'}: {error}") from error
@@ -427,7 +427,7 @@ IMAGE_SUFFIXES = {s for s, f in Image.registered_extensions().items() if f in IM
 
 
 def open_image(path):
-    """Read an image file as RGB: upright, on white where transparent, 16 bits scaled to 8."""
+    """Read an image file as RGB: EXIF-rotated, transparency over white, 16 bits scaled to 8."""
     try:
         if not os.path.isfile(path):
             raise ValueError("not a regular file")  # opening a named pipe would wait forever
@@ -518,7 +518,7 @@ def read_batches(data, batches, workers, device):
 
 
 # ---------------------------------------------------------------------------------------------
-# Plumbing: random numbers, processes, the log, pictures, flags
+# Plumbing: random numbers, processes, the log, flags
 #
 # Every random draw is a function of its place in the run: (seed, step, row of the global batch) in
 # training, (seed, index) in sampling, (seed, epoch) for the data order. So no random state has to
@@ -550,7 +550,7 @@ def setup_distributed(args):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        # Import timm before joining; a later import keeps the group alive, and gloo crashes.
+        # Import timm before joining; imported later, it keeps the group alive, and gloo crashes.
         import timm  # noqa: F401
 
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -684,7 +684,7 @@ def available_devices():
 
 def parse_args(parser, presets):
     """Add the flags that all scripts share, and parse the command line. --preset selects the other
-    flags' defaults (--help shows the toy's). Flags that toy sets and the preset omits are None.
+    flags' defaults (--help shows the toy's). A flag set by toy but not by the preset becomes None.
     """
     devices = available_devices()
     precisions = ["auto", "fp32", "tf32", "bf16"]

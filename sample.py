@@ -9,7 +9,7 @@
 With --out NAME, the script writes NAME/000000.png, NAME/000001.png and so on. Then it writes
 NAME.npz, which holds all images as uint8 (num, H, W, 3) for fid.py or ADM's evaluator, and
 NAME.png, a grid of the first 100. To resume, rerun the same command: it skips finished batches.
-Other settings or model files need a new NAME. Image i's noise depends only on (seed, i).
+If you change settings or model files, change NAME. Image i's noise depends only on (seed, i).
 """
 
 import argparse
@@ -44,7 +44,7 @@ from rae import (
     setup_distributed,
 )
 
-# Batches fit in 24 GB. The ImageNet presets don't use guidance, and neither does the FID of 1.51.
+# Batches fit in 24 GB. The ImageNet presets use no guidance (the paper's FID of 1.51).
 TOY = {"ckpt": "out/diffusion/checkpoint.pt", "num": 500, "cfg_scale": 1.5, "batch_size": 250}
 IMAGENET = {"num": 64, "cfg_scale": 1.0, "batch_size": 64}
 PRESETS = {
@@ -98,7 +98,7 @@ def get_args():
 
 
 def balanced_labels(classes, num):
-    """Return num labels: cycle through the classes, or space them evenly if num is smaller."""
+    """Return num labels that cycle through the classes, or evenly spaced ones if num is smaller."""
     if num >= len(classes):
         return [classes[i % len(classes)] for i in range(num)]
     return [classes[i * len(classes) // num] for i in range(num)]
@@ -117,7 +117,7 @@ def load_model(name):
 
 
 def check_model(name, model, settings, rae, used_labels):
-    """Raise UsageError unless the model was trained on this RAE's latents and the used labels."""
+    """Raise UsageError unless the model was trained on this RAE's latents and these labels."""
     same_shape = rae.latent_mean.shape == (model.grid_size**2, model.latent_dim)
     latents = settings.get("latents")  # None for official files
     if not same_shape or latents not in (None, rae.latent_hash):
@@ -125,7 +125,7 @@ def check_model(name, model, settings, rae, used_labels):
             f"{name} was not trained on these latents; pass the --decoder it was trained with"
         )
     null = model.num_classes
-    label_drop = settings.get("label_drop")  # None for official files; they know all labels
+    label_drop = settings.get("label_drop")  # None for official files, which know all labels
     if label_drop == 0 and null in used_labels:
         raise UsageError(f"{name} has no null label; use --cfg-scale 1 without --classes null")
     if label_drop == 1 and used_labels != {null}:
@@ -173,7 +173,7 @@ def save_png(image, path):
 
 
 def claim_folder(folder, settings):
-    """Record the settings in an empty folder. Any other must already record the same settings."""
+    """Record the settings in an empty folder. A non-empty folder must hold the same settings."""
     make_folder(folder)
     path = folder / "settings.json"
     files = os.listdir(folder)
@@ -219,7 +219,7 @@ def main():
     if args.guidance_model:
         guidance_model, guidance_settings, _ = load_model(args.guidance_model)
         if guidance_model.num_classes != null:
-            raise UsageError(f"{args.guidance_model} was trained on other classes")
+            raise UsageError(f"{args.guidance_model} has a different number of classes")
         check_model(args.guidance_model, guidance_model, guidance_settings, rae, used_labels)
         guidance["guidance_model"] = guidance_model.to(device)
         guidance["guidance_scale"] = args.guidance_scale
@@ -231,7 +231,7 @@ def main():
     # Timesteps, by default shifted as in training
     alpha = args.alpha or train_settings.get("alpha") or shift_alpha(*rae.latent_mean.shape)
     timesteps = time_grid(args.steps, alpha, args.t_last)
-    print0(f"{args.num} images in {args.steps} steps, alpha {alpha:.3f}")
+    print0(f"{args.num} images, {args.steps} steps, alpha {alpha:.3f}")
 
     # Never mix images from different settings or model files in one folder.
     if rank == 0:
@@ -244,7 +244,7 @@ def main():
     if world_size > 1:
         dist.barrier()
 
-    # Sample the missing batches. They, and so rounding errors, don't depend on the world size.
+    # Sample the missing batches. Batches are the same for any world size, so rounding is too.
     todo = []
     for batch in rank_batches(args.num, args.batch_size):
         if not all((folder / f"{i:06d}.png").exists() for i in batch):

@@ -101,7 +101,7 @@ ROWS = [
     (SAMPLE, f"{GUIDED} --guidance-model half.pt", "half.pt"),
     (SAMPLE, f"{GUIDED} --guidance-model narrow.pt", "narrow.pt"),
     (SAMPLE, f"{GUIDED} --guidance-model other_latents.pt", "other_latents.pt"),
-    (SAMPLE, f"{GUIDED} --guidance-model few_classes.pt", "few_classes.pt was trained on other"),
+    (SAMPLE, f"{GUIDED} --guidance-model few_classes.pt", "few_classes.pt has a different number"),
     (SAMPLE, f"{RUN} --decoder half.pt", "half.pt"),
     (SAMPLE, f"{RUN} --decoder run/checkpoint.pt", "run/checkpoint.pt"),
     (SAMPLE, f"{RUN} --decoder other_statistics.pt", "--decoder"),
