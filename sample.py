@@ -13,6 +13,7 @@ If you change settings or model files, change NAME. Image i's noise depends only
 """
 
 import argparse
+import glob
 import json
 import math
 import os
@@ -124,11 +125,10 @@ def check_model(name, model, settings, rae, used_labels):
         raise UsageError(
             f"{name} was not trained on these latents; pass the --decoder it was trained with"
         )
-    null = model.num_classes
     label_drop = settings.get("label_drop")  # None for official files, which know all labels
-    if label_drop == 0 and null in used_labels:
+    if label_drop == 0 and model.num_classes in used_labels:
         raise UsageError(f"{name} has no null label; use --cfg-scale 1 without --classes null")
-    if label_drop == 1 and used_labels != {null}:
+    if label_drop == 1 and used_labels != {model.num_classes}:
         raise UsageError(f"{name} was trained without classes; pass --classes null")
 
 
@@ -176,10 +176,10 @@ def claim_folder(folder, settings):
     """Record the settings in an empty folder. A non-empty folder must hold the same settings."""
     make_folder(folder)
     path = folder / "settings.json"
-    files = os.listdir(folder)
+    files = glob.glob("*", root_dir=folder)  # no hidden files
     if not files:
-        temporary = f"{folder}.{os.getpid()}.json"
-        Path(temporary).write_text(json.dumps(settings))
+        temporary = folder / f".{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(settings))
         os.replace(temporary, path)
     elif "settings.json" not in files:
         raise UsageError(f"{folder} is not empty; delete it or change --out")
