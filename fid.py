@@ -35,7 +35,7 @@ METRICS = ("fid", "sfid", "is", "pr")
 # ---------------------------------------------------------------------------------------------
 # The Inception network
 #
-# FID is defined by the features of one network: TensorFlow's Inception of 2015, with its original
+# FID is defined by the features of one network: TensorFlow's 2015 Inception, with its original
 # weights. timm's inception_v3 has the same layers and names but pools differently. With other
 # pooling or weights, scores can't be compared with published ones.
 
@@ -102,7 +102,7 @@ class Inception(nn.Module):
 def resize_last(x, size):
     """Linear interpolation of the last dimension as in TensorFlow 1: (..., n) -> (..., size).
 
-    Output i reads position i n / size, not (i + 1/2) n / size - 1/2 as in PyTorch and TensorFlow 2.
+    Output i is the input at i n / size, not (i + 1/2) n / size - 1/2 as in PyTorch and TF 2.
     The difference is enough to change FID.
     """
     n = x.shape[-1]
@@ -132,7 +132,7 @@ def preprocess(images, mode):
 
 
 def download_weights(url, file_name, flag):
-    """Download weights, or reuse the cached copy. file_name contains the start of their SHA-256."""
+    """Download weights, or reuse the cached copy. file_name holds the start of their SHA-256."""
     try:
         return torch.hub.load_state_dict_from_url(
             url, file_name=file_name, check_hash=True, map_location="cpu", weights_only=True
@@ -217,17 +217,17 @@ def read_image(image, crop):
 
 
 @torch.no_grad()
-def extract_features(images, features, crop, batch_size, device):
+def extract_features(images, extractor, crop, batch_size, device):
     """Features of all images in order, on the CPU: a list of (n, D).
 
     Batches are dealt out to the ranks, and rank 0 collects the results. Batches are the same for
     any world size, so rounding is too.
     """
     first = read_image(images[0], crop).to(device)  # to get the feature dimensions
-    outputs = [torch.zeros(len(images), x.shape[1]) for x in features([first])]
+    outputs = [torch.zeros(len(images), x.shape[1]) for x in extractor([first])]
     for batch in rae.progress(rae.rank_batches(len(images), batch_size), "features"):
         pixels = [read_image(images[i], crop).to(device) for i in batch]
-        for output, x in zip(outputs, features(pixels)):
+        for output, x in zip(outputs, extractor(pixels)):
             output[batch.start : batch.stop] = x.cpu()
 
     # Each row was filled by one rank and is zero on the others, so a sum collects them.
@@ -239,7 +239,7 @@ def extract_features(images, features, crop, batch_size, device):
     return outputs
 
 
-def load_statistics(source, metrics, features, args, device):
+def load_statistics(source, metrics, extractor, args, device):
     """Return what the metrics compare: statistics saved in the .npz, or else computed from images.
 
     Returns a dict: "fid" and "sfid" are (mu, sigma), "is" is the Inception score, "pr" the pool3
@@ -257,25 +257,25 @@ def load_statistics(source, metrics, features, args, device):
             if name in arrays:
                 saved[name] = arrays[name].item()
         if "label" not in saved:  # files of ADM and pytorch-fid
-            # Assume Inception features, never those of our encoders.
-            is_inception = isinstance(features, InceptionFeatures)
-            saved["label"] = features.label if is_inception else "inception"
+            # Assume Inception features, not one of our encoders'.
+            is_inception = isinstance(extractor, InceptionFeatures)
+            saved["label"] = extractor.label if is_inception else "inception"
             rae.print0(f"warning: {source} does not name its features; assuming {saved['label']}")
 
     missing = [metric for metric in metrics if metric not in saved]
     if not missing:
         return saved
     images = open_images(source, arrays)
-    if saved and saved["label"] != features.label:
-        raise UsageError(f"{source} was made with features {saved['label']}, not {features.label}")
-    return compute_statistics(images, missing, features, args, device) | saved
+    if saved and saved["label"] != extractor.label:
+        raise UsageError(f"{source} was made with features {saved['label']}, not {extractor.label}")
+    return compute_statistics(images, missing, extractor, args, device) | saved
 
 
-def compute_statistics(images, metrics, features, args, device):
+def compute_statistics(images, metrics, extractor, args, device):
     """Compute the dict that load_statistics returns, from images."""
     height, width = read_image(images[0], args.crop).shape[1:]
-    outputs = extract_features(images, features, args.crop, args.batch_size, device)
-    statistics = {"label": features.label, "n": len(images), "size": f"{width}x{height}"}
+    outputs = extract_features(images, extractor, args.crop, args.batch_size, device)
+    statistics = {"label": extractor.label, "n": len(images), "size": f"{width}x{height}"}
     if rae.get_rank() > 0:
         return statistics
     if "fid" in metrics:
@@ -283,7 +283,7 @@ def compute_statistics(images, metrics, features, args, device):
     if "sfid" in metrics:
         statistics["sfid"] = mean_and_covariance(outputs[1])
     if "is" in metrics:
-        logits = features.network.logits(outputs[0].to(device))  # (n, 1008)
+        logits = extractor.network.logits(outputs[0].to(device))  # (n, 1008)
         statistics["is"] = inception_score(logits.cpu())
     if "pr" in metrics:
         statistics["pr"] = outputs[0]
@@ -380,7 +380,7 @@ def get_args():
     p.add_argument("--crop", type=positive_int, help="size of ADM's center crop")
     p.add_argument("--save", help="write the statistics of SAMPLES to this .npz and stop")
     p.add_argument("--metrics", default="fid", help="comma-separated, of fid,sfid,is,pr")
-    p.add_argument("--features", help="inception or encoder:NAME; encoder:toy for toy's FID")
+    p.add_argument("--features", help="inception or encoder:NAME; encoder:toy for toy's distance")
     p.add_argument("--weights", help="local copy of the 2015 Inception weights")
     p.add_argument("--mode", choices=["adm", "pytorch-fid"], default="adm", help="preprocessing")
     p.add_argument("--batch-size", type=positive_int, default=64)
@@ -396,32 +396,32 @@ def main():
     metrics = args.metrics.split(",")
     if not set(metrics) <= set(METRICS):
         raise UsageError(f"--metrics {args.metrics}: choose from {','.join(METRICS)}")
-    # Default to Inception, except for FID against the toy: its own encoder needs no download.
+    # Default to Inception, except for a distance to the toy, whose encoder needs no download.
     toy_distance = args.reference == "toy" and metrics == ["fid"] and not args.save
     features_name = args.features or ("encoder:toy" if toy_distance else "inception")
     if args.save:
         metrics = ["fid", "sfid"] if features_name == "inception" else ["fid"]
         rae.make_folder(Path(args.save).parent)
     if features_name == "inception":
-        features = InceptionFeatures(args.weights, args.mode, device)
+        extractor = InceptionFeatures(args.weights, args.mode, device)
     elif features_name.startswith("encoder:") and metrics == ["fid"]:
-        features = EncoderFeatures(features_name.removeprefix("encoder:"), device)
+        extractor = EncoderFeatures(features_name.removeprefix("encoder:"), device)
     else:
         raise UsageError("--features must be inception, or encoder:NAME with --metrics fid")
 
-    samples = load_statistics(args.samples, metrics, features, args, device)
+    samples = load_statistics(args.samples, metrics, extractor, args, device)
     if args.save:
         if rank == 0:
             samples["mu"], samples["sigma"] = samples.pop("fid")
             if "sfid" in samples:
                 samples["mu_s"], samples["sigma_s"] = samples.pop("sfid")
             np.savez(args.save, **samples)
-            print(f"wrote {args.save}: {samples['n']} images, {samples['size']}, {features.label}")
+            print(f"wrote {args.save}: {samples['n']} images, {samples['size']}, {extractor.label}")
         return
     compared = [metric for metric in metrics if metric != "is"]  # IS needs no reference
     reference = {}
     if compared:
-        reference = load_statistics(args.reference, compared, features, args, device)
+        reference = load_statistics(args.reference, compared, extractor, args, device)
     if rank > 0:
         return
     for name in ("label", "size"):

@@ -45,7 +45,7 @@ from rae import (
     setup_distributed,
 )
 
-# Batches fit in 24 GB. The ImageNet presets use no guidance (the paper's FID of 1.51).
+# Batches fit in 24 GB. The ImageNet presets are unguided, like the paper's FID of 1.51 at 256 px.
 TOY = {"ckpt": "out/diffusion/checkpoint.pt", "num": 500, "cfg_scale": 1.5, "batch_size": 250}
 IMAGENET = {"num": 64, "cfg_scale": 1.0, "batch_size": 64}
 PRESETS = {
@@ -87,7 +87,7 @@ def get_args():
         nargs=2,
         default=[0, 1],
         metavar=("LOW", "HIGH"),
-        help="guide only at shifted timesteps LOW <= t <= HIGH",
+        help="guide only while LOW <= t <= HIGH (t after shifting)",
     )
     p.add_argument("--batch-size", type=positive_int, help="batch size per GPU")
     args = parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
@@ -99,7 +99,7 @@ def get_args():
 
 
 def balanced_labels(classes, num):
-    """Return num labels that cycle through the classes, or evenly spaced ones if num is smaller."""
+    """Return num labels: cycle through the classes, or space them evenly if there are more."""
     if num >= len(classes):
         return [classes[i % len(classes)] for i in range(num)]
     return [classes[i * len(classes) // num] for i in range(num)]
@@ -134,9 +134,9 @@ def check_model(name, model, settings, rae, used_labels):
 
 @torch.no_grad()
 def generate(rae, model, labels, timesteps, seed, autocast=nullcontext(), first=0, **guidance):
-    """Sample and decode one batch of images (B, 3, H, W) in [0, 1].
+    """Sample and decode one batch of images (B, 3, H, W), uint8.
 
-    labels is a list of B class numbers; labels[i] gets the noise of image first + i.
+    labels is a list of B class numbers; labels[i] is for image first + i, which sets its noise.
     guidance is passed to dit_dh.sample.
     """
     device = rae.latent_mean.device
@@ -145,7 +145,7 @@ def generate(rae, model, labels, timesteps, seed, autocast=nullcontext(), first=
     noise = seeded_noise(keys, rae.latent_mean.shape, device)  # (B, N, C)
     with autocast:
         z = sample(model, noise, y, timesteps, **guidance)  # (B, N, C)
-        return rae.decode(z).clamp(0, 1)  # (B, 3, H, W)
+        return to_uint8(rae.decode(z))  # (B, 3, H, W)
 
 
 def to_uint8(images):
@@ -154,13 +154,12 @@ def to_uint8(images):
 
 
 def save_grid(images, path, columns):
-    """Save images (B, 3, H, W) in [0, 1] as one PNG, row by row. Small images are enlarged."""
+    """Save images (B, 3, H, W), uint8, as one PNG, row by row. Small images are enlarged."""
     zoom = max(1, 64 // images.shape[2])
     rows = math.ceil(len(images) / columns)
     blank = rows * columns - len(images)
-    images = to_uint8(images).cpu()  # (B, 3, H, W)
-    images = F.pad(images, (1, 1, 1, 1, 0, 0, 0, blank), value=255)  # white borders and blanks
-    grid = images.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)
+    images = F.pad(images.cpu(), (1, 1, 1, 1, 0, 0, 0, blank), value=255)  # white around images
+    grid = images.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, 3)
     grid = grid.flatten(2, 3).flatten(0, 1).numpy()  # (rows * (H + 2), columns * (W + 2), 3)
     Image.fromarray(grid.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(path)
 
@@ -173,7 +172,7 @@ def save_png(image, path):
 
 
 def claim_folder(folder, settings):
-    """Record the settings in an empty folder. A non-empty folder must hold the same settings."""
+    """Save the settings if the folder is empty; otherwise, require that they match."""
     make_folder(folder)
     path = folder / "settings.json"
     files = glob.glob("*", root_dir=folder)  # no hidden files
@@ -202,7 +201,7 @@ def main():
     rae = load_rae(**rae_files, device=device)
     model.to(device)
 
-    # Labels: by default all classes, or the null label if the model was trained on it alone
+    # Labels: by default all classes, or only the null label for an unconditional model
     null = model.num_classes
     classes = args.classes
     if classes is None:
@@ -244,7 +243,7 @@ def main():
     if world_size > 1:
         dist.barrier()
 
-    # Sample the missing batches. Batches are the same for any world size, so rounding is too.
+    # Sample the missing batches. Batches, and so rounding, don't depend on the world size.
     todo = []
     for batch in rank_batches(args.num, args.batch_size):
         if not all((folder / f"{i:06d}.png").exists() for i in batch):
@@ -260,7 +259,7 @@ def main():
             first=batch.start,
             **guidance,
         )
-        images = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+        images = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
         for i, image in zip(batch, images):
             save_png(image, folder / f"{i:06d}.png")
     if world_size > 1:
@@ -274,7 +273,7 @@ def main():
         temporary = f"{folder}.{os.getpid()}.npz"
         np.savez(temporary, arr_0=images)
         os.replace(temporary, f"{folder}.npz")
-        grid = torch.from_numpy(images[:100]).permute(0, 3, 1, 2) / 255  # (at most 100, 3, H, W)
+        grid = torch.from_numpy(images[:100]).permute(0, 3, 1, 2)  # (at most 100, 3, H, W)
         save_grid(grid, f"{folder}.png", columns=min(10, args.num))
         print0(f"wrote {folder}.npz and {folder}.png")
 

@@ -675,7 +675,7 @@ def main():
         if rank == 0 and (done % args.eval_every == 0 or final):
             numbers, grid = evaluate(encoder, ema, val_data, args, eval_batch_size, lpips)
             rae.write_log(log, {"step": done, **numbers})
-            save_grid(grid, out / f"grid_{done:07d}.png", columns=len(grid) // 3)
+            save_grid(to_uint8(grid), out / f"grid_{done:07d}.png", columns=len(grid) // 3)
 
         # Save last, so that any log line or grid due at this step is already written.
         if rank == 0 and (done % args.save_every == 0 or final):

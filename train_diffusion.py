@@ -47,7 +47,7 @@ from rae import (
     update_ema,
     write_log,
 )
-from sample import balanced_labels, generate, load_model, save_grid
+from sample import balanced_labels, generate, load_model, save_grid, to_uint8
 
 # Two minutes on two CPU cores. Of the alphas we tried (1 to 5.66), none was clearly better than 4;
 # the paper's formula gives 1 for latents this small.
@@ -275,7 +275,8 @@ def main():
         batch = np.linspace(0, len(data) - 1, 16).astype(int)
         (images,) = read_batches(data, [batch], 0, device)  # (16, 3, H, W) in [0, 1]
         reconstructions = rae.decode(rae.encode(images)).clamp(0, 1)  # (16, 3, H, W)
-        save_grid(torch.cat([images, reconstructions]), out / "reconstructions.png", columns=16)
+        grid = to_uint8(torch.cat([images, reconstructions]))  # (32, 3, H, W)
+        save_grid(grid, out / "reconstructions.png", columns=16)
         print0(f"reconstructions.png: PSNR {psnr(reconstructions, images).mean():.1f} dB")
 
     # Sample grids: eight rows, one column per class, up to ten

@@ -45,6 +45,7 @@ from sample import (  # noqa: E402
     generate,
     load_model,
     save_grid,
+    to_uint8,
 )
 
 NUM_IMAGES = 8  # of an interpolation; samples whose neighbors are shown
@@ -178,7 +179,7 @@ def main():
         data = open_data(args.neighbors, rae.image_size)
         labels = balanced_labels(classes, NUM_IMAGES)
         timesteps = time_grid(args.steps, alpha)
-        samples = generate(rae, model, labels, timesteps, args.seed, cfg_scale=args.cfg_scale)
+        samples = generate(rae, model, labels, timesteps, args.seed, cfg_scale=args.cfg_scale) / 255
         neighbors, cosines = find_neighbors(rae.encoder, samples, data)
         pictures = torch.cat([samples[:, None], neighbors], dim=1)  # (8, 1 + n, 3, H, W)
         columns = pictures.shape[1]
@@ -186,7 +187,7 @@ def main():
         cosine = cosines[:, 0].mean()
         print(f"samples and the nearest of {len(data)} images (cosine {cosine:.3f})")
 
-    save_grid(pictures, args.out, columns)
+    save_grid(to_uint8(pictures), args.out, columns)
     print(f"wrote {args.out}")
 
 

@@ -94,7 +94,7 @@ def main():
     y = balanced_labels(range(10), 500)
     timesteps = time_grid(50, settings["alpha"])
     for name, cfg_scale in (("samples_right", 1.0), ("samples_right_cfg", 1.5)):
-        samples = generate(rae, model, y, timesteps, seed=0, cfg_scale=cfg_scale)
+        samples = generate(rae, model, y, timesteps, seed=0, cfg_scale=cfg_scale) / 255
         scores[name] = accuracy(classifier, samples, torch.tensor(y))
 
     print(json.dumps({name: round(score, 4) for name, score in scores.items()}))

@@ -27,7 +27,7 @@ def test_psnr():
 
 def test_grid(tmp_path):
     """Seven images of 16 px in three columns: white borders, enlarged by 4, two blank places."""
-    images = torch.rand(7, 3, 16, 16)
+    images = to_uint8(torch.rand(7, 3, 16, 16))
     save_grid(images, tmp_path / "x.png", columns=3)
     grid = Image.open(tmp_path / "x.png")
     assert grid.size == (3 * 18 * 4, 3 * 18 * 4)
@@ -37,7 +37,7 @@ def test_grid(tmp_path):
         top = 18 * (i // 3)
         left = 18 * (i % 3)
         place = pixels[top : top + 18, left : left + 18]
-        assert np.array_equal(place[1:-1, 1:-1].transpose(2, 0, 1), to_uint8(images[i]))
+        assert np.array_equal(place[1:-1, 1:-1].transpose(2, 0, 1), images[i])
         assert (place[0] == 255).all() and (place[:, -1] == 255).all()
     assert (pixels[36:, 18:] == 255).all()
 
