@@ -25,14 +25,14 @@ def test_the_notebook_is_its_source():
 
 @pytest.mark.slow
 def test_the_notebook_runs():
-    """As a script, without a notebook server, and with half of the training steps."""
+    """As a script, without a notebook server, and with a quarter of the training steps."""
     for package in ("ipywidgets", "matplotlib"):
         pytest.importorskip(package, reason=f"pip install {package}")
     source = (ROOT / "extras/lab.py").read_text()
     assert source.count("\nsteps = 1000\n") == 1
     done = subprocess.run(
         [sys.executable, "-"],
-        input=source.replace("\nsteps = 1000\n", "\nsteps = 500\n"),
+        input=source.replace("\nsteps = 1000\n", "\nsteps = 250\n"),
         cwd=ROOT,
         env=os.environ | {"MPLBACKEND": "Agg"},
         capture_output=True,
@@ -40,6 +40,6 @@ def test_the_notebook_runs():
         timeout=1200,
     )
     assert done.returncode == 0, done.stderr
-    loss = float(done.stdout.split("step 500: loss ")[1].split()[0])
+    loss = float(done.stdout.split("step 250: loss ")[1].split()[0])
     print(f"loss {loss}")
-    assert loss < 1.0
+    assert loss < 1.2
