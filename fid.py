@@ -220,8 +220,8 @@ def read_image(image, crop):
 def extract_features(images, extractor, crop, batch_size, device):
     """Features of all images in order, on the CPU: a list of (n, D).
 
-    Batches are dealt out to the ranks, and rank 0 collects the results. Batches are the same for
-    any world size, so rounding is too.
+    Batches are dealt out to the ranks, and rank 0 collects the results. Batches don't depend
+    on the world size, so rounding doesn't either.
     """
     first = read_image(images[0], crop).to(device)  # to get the feature dimensions
     outputs = [torch.zeros(len(images), x.shape[1]) for x in extractor([first])]
@@ -240,7 +240,7 @@ def extract_features(images, extractor, crop, batch_size, device):
 
 
 def load_statistics(source, metrics, extractor, args, device):
-    """Return what the metrics compare: statistics saved in the .npz, or else computed from images.
+    """Return what each metric needs: statistics saved in the .npz, or else computed from images.
 
     Returns a dict: "fid" and "sfid" are (mu, sigma), "is" is the Inception score, "pr" the pool3
     features. "label" names the features, "n" counts the images, and "size" is the first image's.

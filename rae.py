@@ -324,7 +324,7 @@ def load_timm(model, weights=None, **options):
 
     overlay = {"file": weights} if weights else None
     try:
-        # Remove the classifier only after loading: without it, timm ignores missing tensors.
+        # Remove the classifier only after loading: without it, timm would ignore missing tensors.
         net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except Exception as error:  # the hub's client, torch and timm raise a dozen types
         raise UsageError(f"cannot load {model} from {weights or 'timm'}: {error}") from error
@@ -414,7 +414,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     mean = statistics.get("mean", torch.zeros_like(var))  # some official files lack it
     rae = RAE(encoder_vit, decoder_vit, mean, var)
     rae.latent_hash = encoder_vit.latent_hash(mean, var)
-    if stats is None and file.get("latent_hash") not in (None, rae.latent_hash):  # None: official
+    if stats is None and file.get("latent_hash") not in (None, rae.latent_hash):  # official: None
         raise UsageError(f"{name} was trained with another encoder; use that or retrain {name}")
     return rae.to(device).eval().requires_grad_(False)
 
@@ -610,7 +610,7 @@ def update_ema(ema, model, decay, step):
 
 
 def load_optimizer(optimizer, saved):
-    """Load AdamW's moments from a checkpoint; its other settings, such as betas, stay."""
+    """Load AdamW's moments from a checkpoint. Settings such as betas keep their current values."""
     parameters = optimizer.param_groups[0]["params"]
     for i, moments in saved["state"].items():
         for name in ("exp_avg", "exp_avg_sq"):
@@ -640,7 +640,7 @@ def open_log(out, step):
     for line in log:
         match = re.match(rb'{"step": (\d+)', line)
         if not line.endswith(b"\n") or (match and int(match[1]) > step):
-            break  # a later step, or a line that a kill cut short
+            break  # a later step, or a line cut short by a kill
         end += len(line)
     log.truncate(end)
     return log

@@ -9,7 +9,7 @@
 With --out NAME, the script writes NAME/000000.png, NAME/000001.png and so on. Then it writes
 NAME.npz, which holds all images as uint8 (num, H, W, 3) for fid.py or ADM's evaluator, and
 NAME.png, a grid of the first 100. To resume, rerun the same command: it skips finished batches.
-If you change settings or model files, change NAME. Image i's noise depends only on (seed, i).
+Use a new NAME for new settings or model files. Image i's noise depends only on (seed, i).
 """
 
 import argparse
@@ -99,7 +99,7 @@ def get_args():
 
 
 def balanced_labels(classes, num):
-    """Return num labels: cycle through the classes, or space them evenly if there are more."""
+    """Return num labels: cycle through the classes, or pick evenly spaced ones if num is less."""
     if num >= len(classes):
         return [classes[i % len(classes)] for i in range(num)]
     return [classes[i * len(classes) // num] for i in range(num)]
@@ -125,7 +125,7 @@ def check_model(name, model, settings, rae, used_labels):
         raise UsageError(
             f"{name} was not trained on these latents; pass the --decoder it was trained with"
         )
-    label_drop = settings.get("label_drop")  # None for official files, which know all labels
+    label_drop = settings.get("label_drop")  # None for official files, which accept every label
     if label_drop == 0 and model.num_classes in used_labels:
         raise UsageError(f"{name} has no null label; use --cfg-scale 1 without --classes null")
     if label_drop == 1 and used_labels != {model.num_classes}:
@@ -243,7 +243,7 @@ def main():
     if world_size > 1:
         dist.barrier()
 
-    # Sample the missing batches. Batches, and so rounding, don't depend on the world size.
+    # Sample the missing batches. Batches, hence rounding, are the same for any world size.
     todo = []
     for batch in rank_batches(args.num, args.batch_size):
         if not all((folder / f"{i:06d}.png").exists() for i in batch):
