@@ -67,6 +67,15 @@ def test_a_moved_data_folder_is_the_same_run(run, photos, snapshots):
     assert_same_run("a", "a.2")
 
 
+def test_stage_1_keeps_its_micro_batches(run):
+    """Without the flag, they are all of a process's batch. The GAN's weight depends on them."""
+    run("train_decoder.py", "--out a")
+    size = load("a/checkpoint.pt")["settings"]["micro_batch_size"]
+    assert "resuming" in run("train_decoder.py", f"--out a --micro-batch-size {size}")
+    with pytest.raises(SystemExit, match=f"micro_batch_size {size}, not {size // 2};"):
+        run("train_decoder.py", f"--out a --micro-batch-size {size // 2}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", TRAINING)
 def test_another_run_is_refused(run, photos, script):
