@@ -388,8 +388,9 @@ def learning_rate(step, args):
 
 def random_crop(image, size, generator, short_side):
     """Resize a PIL image's short side to short_side, then crop size x size pixels at random."""
-    width = int(short_side * image.width / min(image.size))
-    height = int(short_side * image.height / min(image.size))
+    shortest = min(image.size)
+    width = int(short_side * image.width / shortest)
+    height = int(short_side * image.height / shortest)
     image = image.resize((width, height), Image.BICUBIC)
     left = int(torch.randint(width - size + 1, (), generator=generator))
     top = int(torch.randint(height - size + 1, (), generator=generator))

@@ -268,6 +268,12 @@ def main():
         model.load_state_dict(state)
         ema.load_state_dict(state)
 
+    # What sample.py needs besides the weights.
+    model_info = {
+        "settings": settings,
+        "config": model.config,
+        "rae": rae_files,
+    }
     print0(f"{len(data)} images, alpha {alpha:.3f}")
     if rank == 0:
         log = open_log(out, first_step)
@@ -377,12 +383,7 @@ def main():
 
         # Save last, so that any log line or samples due at this step are already written.
         if rank == 0 and args.keep_every and done % args.keep_every == 0:
-            snapshot = {
-                "ema": ema.state_dict(),
-                "settings": settings,
-                "config": model.config,
-                "rae": rae_files,
-            }
+            snapshot = {"ema": ema.state_dict(), **model_info}
             atomic_save(snapshot, out / f"ema_{done:07d}.pt")
         if rank == 0 and (done % args.save_every == 0 or final):
             checkpoint = {
@@ -390,9 +391,7 @@ def main():
                 "ema": ema.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "step": done,
-                "settings": settings,
-                "config": model.config,
-                "rae": rae_files,
+                **model_info,
             }
             atomic_save(checkpoint, out / "checkpoint.pt")
         start += time.perf_counter() - pause  # images_per_s counts training time only
