@@ -15,6 +15,7 @@ from sample import to_uint8
 from tests.conftest import (
     first_gradients,
     gap,
+    launch,
     load,
     log_of,
     relative_distance,
@@ -387,3 +388,25 @@ def test_published_loss_networks_run(run, vgg_file):
     file = R.load("out/decoder/checkpoint.pt")
     names = [*file["model"], *file["discriminator"]]
     assert not any("vit" in name or "vgg" in name for name in names)
+
+
+@pytest.mark.slow
+def test_noise_augmented_decoding(tmp_path):
+    """The paper's direction (T15): a little worse from clean latents, much better from noisy ones.
+
+    An eighth of the default run, without the GAN, one seed.
+    """
+    clean = []
+    noisy = []
+    for tau in (0.0, 0.8):
+        flags = f"--noise-tau {tau} --disc-weight 0 --steps 160 --eval-every 160 --eval-num 300"
+        launch(
+            "train_decoder.py",
+            f"{flags} --global-batch-size 32 --eval-sigma 0.8 --out {tmp_path}/{tau}",
+        )
+        last = log_of(tmp_path / f"{tau}")[-1]
+        clean.append(last["psnr"])
+        noisy.append(last["psnr_noisy"])
+    print("clean", clean, "noisy", noisy)
+    assert clean[1] - clean[0] > -1.5
+    assert noisy[1] - noisy[0] > 1
