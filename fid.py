@@ -5,12 +5,11 @@
     python fid.py imagenet/val --crop 256 --save val256.npz       # save statistics for later
     torchrun --standalone --nproc_per_node=8 fid.py samples val256.npz
 
-The first command needs no download, but its score is not FID: it is the same distance, computed on
-the toy encoder's features.
+The first command needs no download: its score is FID's formula on the toy encoder's features.
 
 Samples and reference can each be a folder of images or an .npz. An .npz holds images (uint8 arr_0
 of shape (N, H, W, 3)), statistics (mu and sigma; mu_s and sigma_s for sFID) or both. ImageNet
-papers report the numbers of ADM's TensorFlow suite (Dhariwal and Nichol 2021). This script
+papers report scores from ADM's TensorFlow suite (Dhariwal and Nichol 2021). This script
 reimplements that suite but has not been checked against it. Features and FID do match those of
 pytorch-fid (--mode pytorch-fid) and torch-fidelity (--mode adm).
 """
@@ -144,6 +143,8 @@ def download_weights(url, file_name, flag):
 class InceptionFeatures:
     """A list of images (3, H, W) uint8 -> pool3 (B, 2048), spatial (B, 2023)."""
 
+    dims = (2048, 2023)
+
     def __init__(self, weights, mode, device):
         if weights:
             state_dict = rae.load(weights)
@@ -160,24 +161,20 @@ class InceptionFeatures:
 
 
 class EncoderFeatures:
-    """A list of images (3, H, W) uint8 -> the mean token (B, C) of one of rae.py's encoders."""
+    """A list of images (3, size, size) uint8 -> the mean token (B, C) of one of our encoders."""
 
-    def __init__(self, name, device):
-        self.name = name
-        self.device = device
-        self.encoder = None  # built for the size of the first image
-        self.label = None
+    def __init__(self, name, size, device):
+        self.size = size
+        self.encoder = rae.load_encoder(name, size).to(device)
+        self.dims = (self.encoder.latent_dim,)
+        # Hash the blocks only: the position embedding depends on the image size.
+        digest = rae.hash_tensors(self.encoder.vit.blocks.state_dict().values())
+        self.label = f"encoder {name} {digest}"
 
     def __call__(self, images):
-        if self.encoder is None:
-            self.side = images[0].shape[1]
-            self.encoder = rae.load_encoder(self.name, self.side).to(self.device)
-            # Hash the blocks only: the position embedding depends on the image size.
-            digest = rae.hash_tensors(self.encoder.vit.blocks.state_dict().values())
-            self.label = f"encoder {self.name} {digest}"
-        if any(image.shape != (3, self.side, self.side) for image in images):
-            raise UsageError("encoder features need square images of one size; pass --crop")
-        images = torch.stack(images).float() / 255  # (B, 3, H, W)
+        if any(image.shape != (3, self.size, self.size) for image in images):
+            raise UsageError(f"encoder features need {self.size} px images; pass --crop SIZE")
+        images = torch.stack(images).float() / 255  # (B, 3, size, size)
         return (self.encoder(images).mean(1),)
 
 
@@ -197,7 +194,9 @@ def open_images(source, arrays):
     elif source.endswith(".npz"):
         images = arrays.get("arr_0", np.zeros(0))
         if images.dtype != np.uint8 or images.shape[3:] != (3,):
-            raise UsageError(f"{source} has no images (arr_0, uint8, of shape (N, H, W, 3))")
+            raise UsageError(
+                f"{source} has neither these statistics nor images (arr_0, uint8, (N, H, W, 3))"
+            )
     else:
         images = rae.list_images(source)
     if len(images) < 2:
@@ -220,11 +219,10 @@ def read_image(image, crop):
 def extract_features(images, extractor, crop, batch_size, device):
     """Features of all images in order, on the CPU: a list of (n, D).
 
-    Batches are dealt out to the ranks, and rank 0 collects the results. Batches don't depend
-    on the world size, so rounding doesn't either.
+    Batches are dealt out to the ranks, and rank 0 collects the results. Batches are the same for
+    any world size, so rounding is too.
     """
-    first = read_image(images[0], crop).to(device)  # to get the feature dimensions
-    outputs = [torch.zeros(len(images), x.shape[1]) for x in extractor([first])]
+    outputs = [torch.zeros(len(images), dim) for dim in extractor.dims]
     for batch in rae.progress(rae.rank_batches(len(images), batch_size), "features"):
         pixels = [read_image(images[i], crop).to(device) for i in batch]
         for output, x in zip(outputs, extractor(pixels)):
@@ -240,7 +238,7 @@ def extract_features(images, extractor, crop, batch_size, device):
 
 
 def load_statistics(source, metrics, extractor, args, device):
-    """Return what each metric needs: statistics saved in the .npz, or else computed from images.
+    """Load the statistics saved in an .npz, and compute missing ones from the images.
 
     Returns a dict: "fid" and "sfid" are (mu, sigma), "is" is the Inception score, "pr" the pool3
     features. "label" names the features, "n" counts the images, and "size" is the first image's.
@@ -249,19 +247,7 @@ def load_statistics(source, metrics, extractor, args, device):
     arrays = read_npz(source) if source.endswith(".npz") else {}
     saved = {}
     if "mu" in arrays and not args.save:
-        saved["fid"] = (arrays["mu"], arrays["sigma"])
-    if "mu_s" in arrays and not args.save:
-        saved["sfid"] = (arrays["mu_s"], arrays["sigma_s"])
-    if saved:
-        for name in ("label", "n", "size"):
-            if name in arrays:
-                saved[name] = arrays[name].item()
-        if "label" not in saved:  # files of ADM and pytorch-fid
-            # Assume Inception features, not one of our encoders'.
-            is_inception = isinstance(extractor, InceptionFeatures)
-            saved["label"] = extractor.label if is_inception else "inception"
-            rae.print0(f"warning: {source} does not name its features; assuming {saved['label']}")
-
+        saved = saved_statistics(source, arrays, extractor)
     missing = [metric for metric in metrics if metric not in saved]
     if not missing:
         return saved
@@ -269,6 +255,21 @@ def load_statistics(source, metrics, extractor, args, device):
     if saved and saved["label"] != extractor.label:
         raise UsageError(f"{source} was made with features {saved['label']}, not {extractor.label}")
     return compute_statistics(images, missing, extractor, args, device) | saved
+
+
+def saved_statistics(source, arrays, extractor):
+    """The dict that load_statistics returns, from the arrays of a statistics file."""
+    statistics = {"fid": (arrays["mu"], arrays["sigma"])}
+    if "mu_s" in arrays:
+        statistics["sfid"] = (arrays["mu_s"], arrays["sigma_s"])
+    for name in ("label", "n", "size"):
+        if name in arrays:
+            statistics[name] = arrays[name].item()
+    if "label" not in statistics:  # files of ADM and pytorch-fid, which use Inception
+        is_inception = isinstance(extractor, InceptionFeatures)
+        statistics["label"] = extractor.label if is_inception else "inception"
+        rae.print0(f"warning: {source} does not name its features; assuming {statistics['label']}")
+    return statistics
 
 
 def compute_statistics(images, metrics, extractor, args, device):
@@ -370,6 +371,7 @@ def psnr(a, b):
 
 
 def get_args():
+    devices = rae.available_devices()
     p = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         allow_abbrev=False,
@@ -377,14 +379,14 @@ def get_args():
     )
     p.add_argument("samples", nargs="?", default="out/samples.npz", help="folder or .npz")
     p.add_argument("reference", nargs="?", default="toy", help="folder, .npz or toy")
-    p.add_argument("--crop", type=positive_int, help="size of ADM's center crop")
+    p.add_argument("--crop", type=positive_int, help="center-crop to this size, as in ADM")
     p.add_argument("--save", help="write the statistics of SAMPLES to this .npz and stop")
-    p.add_argument("--metrics", default="fid", help="comma-separated, of fid,sfid,is,pr")
-    p.add_argument("--features", help="inception or encoder:NAME; encoder:toy for toy's distance")
+    p.add_argument("--metrics", default="fid", help="comma-separated list of fid, sfid, is, pr")
+    p.add_argument("--features", help="inception or encoder:NAME (toy distance: encoder:toy)")
     p.add_argument("--weights", help="local copy of the 2015 Inception weights")
     p.add_argument("--mode", choices=["adm", "pytorch-fid"], default="adm", help="preprocessing")
     p.add_argument("--batch-size", type=positive_int, default=64)
-    p.add_argument("--device", choices=rae.available_devices(), default=rae.available_devices()[0])
+    p.add_argument("--device", choices=devices, default=devices[0])
     p.set_defaults(precision="fp32")  # without TF32, so features vary less between GPUs
     return p.parse_args()
 
@@ -396,7 +398,7 @@ def main():
     metrics = args.metrics.split(",")
     if not set(metrics) <= set(METRICS):
         raise UsageError(f"--metrics {args.metrics}: choose from {','.join(METRICS)}")
-    # Default to Inception, except for a distance to the toy, whose encoder needs no download.
+    # Default to Inception, except for the distance to the toy: its encoder needs no download.
     toy_distance = args.reference == "toy" and metrics == ["fid"] and not args.save
     features_name = args.features or ("encoder:toy" if toy_distance else "inception")
     if args.save:
@@ -405,7 +407,7 @@ def main():
     if features_name == "inception":
         extractor = InceptionFeatures(args.weights, args.mode, device)
     elif features_name.startswith("encoder:") and metrics == ["fid"]:
-        extractor = EncoderFeatures(features_name.removeprefix("encoder:"), device)
+        extractor = EncoderFeatures(features_name.removeprefix("encoder:"), args.crop or 32, device)
     else:
         raise UsageError("--features must be inception, or encoder:NAME with --metrics fid")
 
@@ -429,7 +431,7 @@ def main():
         theirs = reference.get(name)
         if ours and theirs and ours != theirs:
             raise UsageError(
-                f"{args.samples} has {name} {ours}, but {args.reference} has {theirs}; "
+                f"{args.samples} is {ours}, but {args.reference} is {theirs}; "
                 "save new statistics, or pass --crop to match sizes"
             )
 
@@ -445,7 +447,9 @@ def main():
         scores["precision"], scores["recall"] = precision_recall(samples["pr"], reference["pr"])
     n = samples.get("n", 0)
     if "FID" in scores and 0 < n < 2048:  # fewer samples than features
-        rae.print0(f"warning: FID from only {n} samples is biased far upward; papers use 50,000")
+        rae.print0(
+            f"warning: FID from only {n} samples is strongly biased upward; papers use 50,000"
+        )
     numbers = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
     against = f", reference {args.reference}" if compared else ""
     rae.print0(f"{numbers}  ({n or 'unknown number of'} samples{against}, {samples['label']})")

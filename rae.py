@@ -108,7 +108,7 @@ class Encoder(nn.Module):
         return images * self.pixel_std + self.pixel_mean
 
     def latent_hash(self, mean, var):
-        """Hash encoder and statistics, to catch an encoder retrained under its old name."""
+        """Hash the blocks and the statistics, to catch an encoder retrained under its old name."""
         return hash_tensors([*self.vit.blocks.state_dict().values(), mean, var])
 
 
@@ -140,14 +140,14 @@ class DecoderBlock(nn.Module):
         self.fc2 = nn.Linear(mlp_dim, width)
 
     def split_heads(self, x):
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, num_heads, 1 + N, d)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, num_heads, 1 + N, ...)
 
     def forward(self, x):
         h = self.norm1(x)  # (B, 1 + N, D)
-        q = self.split_heads(self.query(h))  # (B, num_heads, 1 + N, d)
-        k = self.split_heads(self.key(h))  # (B, num_heads, 1 + N, d)
-        v = self.split_heads(self.value(h))  # (B, num_heads, 1 + N, d)
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, num_heads, 1 + N, d)
+        q = self.split_heads(self.query(h))
+        k = self.split_heads(self.key(h))
+        v = self.split_heads(self.value(h))
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, num_heads, 1 + N, D / num_heads)
         x = x + self.proj(h.transpose(1, 2).flatten(2))  # (B, 1 + N, D)
         x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))  # (B, 1 + N, D)
         return x
@@ -253,7 +253,7 @@ RELEASED_DECODERS = {  # name: encoder, folder, decoder, statistics
     "mae-b": ("mae-b", "mae/base_p16", "ViTXL_n08", "ImageNet1k"),
 }
 # (our name, official name). The official decoder uses Hugging Face's ViT names. fc2 comes last
-# because proj's official name ends in fc2's. extras/to_official.py renames the other way.
+# because proj's official name contains fc2's. extras/to_official.py renames the other way.
 OFFICIAL_NAMES = [
     ("norm1.", "layernorm_before."),
     ("query.", "attention.attention.query."),
@@ -324,7 +324,7 @@ def load_timm(model, weights=None, **options):
 
     overlay = {"file": weights} if weights else None
     try:
-        # Remove the classifier only after loading: without it, timm would ignore missing tensors.
+        # Load with the classifier: in a model built without one, timm ignores missing tensors.
         net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except Exception as error:  # the hub's client, torch and timm raise a dozen types
         raise UsageError(f"cannot load {model} from {weights or 'timm'}: {error}") from error
@@ -335,7 +335,7 @@ def load_timm(model, weights=None, **options):
 def load_encoder(name, image_size, weights=None):
     """The frozen Encoder for images of image_size px.
 
-    name: "toy", a file of extras/pretrain_encoder.py, a key of ENCODERS, or "timm:MODEL".
+    name: "toy", a file written by extras/pretrain_encoder.py, a key of ENCODERS, or "timm:MODEL".
     weights: a local file of the timm model's weights.
     """
     from timm.models.vision_transformer import VisionTransformer
@@ -415,7 +415,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     rae = RAE(encoder_vit, decoder_vit, mean, var)
     rae.latent_hash = encoder_vit.latent_hash(mean, var)
     if stats is None and file.get("latent_hash") not in (None, rae.latent_hash):  # official: None
-        raise UsageError(f"{name} was trained with another encoder; use that or retrain {name}")
+        raise UsageError(f"{name} was trained on another encoder; pass that one, or retrain")
     return rae.to(device).eval().requires_grad_(False)
 
 
@@ -438,7 +438,7 @@ def open_image(path):
         if image.mode.startswith("I"):  # 16-bit gray, which older Pillow opens in mode I
             pixels = np.asarray(image)
             if pixels.max() < 4096:
-                warnings.warn(f"{path} has 16 bits but no value over 4,095, so it will look dark")
+                warnings.warn(f"{path} is 16-bit but has no value above 4,095; it will look dark")
             image = Image.fromarray((pixels / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -550,7 +550,7 @@ def setup_distributed(args):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        # Import timm before joining; imported later, it keeps the group alive, and gloo crashes.
+        # Import timm first: imported after joining, it keeps the group alive, and gloo crashes.
         import timm  # noqa: F401
 
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -578,7 +578,7 @@ def get_rank():
 def print0(text):
     """Print on rank 0 only. A closed pipe (`| head`) or a full disk does not end the run."""
     if get_rank() == 0:
-        try:  # bytes of a path that are not UTF-8 become question marks
+        try:  # bytes of a path that are not UTF-8 print as question marks
             print(str(text).encode(errors="replace").decode(), flush=True)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -684,12 +684,12 @@ def available_devices():
 
 def parse_args(parser, presets):
     """Add the flags that all scripts share, and parse the command line. --preset selects the other
-    flags' defaults (--help shows the toy's). A flag set by toy but not by the preset becomes None.
+    flags' defaults (--help shows toy's). Flags that only toy sets are None under other presets.
     """
     devices = available_devices()
     precisions = ["auto", "fp32", "tf32", "bf16"]
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.add_argument("--preset", choices=presets, default="toy", help="defaults of other flags")
+    parser.add_argument("--preset", choices=presets, default="toy", help="other flags' defaults")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="random seed")
     parser.add_argument("--device", choices=devices, default=devices[0])
     parser.add_argument("--precision", choices=precisions, default="auto", help="bf16 if native")

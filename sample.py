@@ -3,13 +3,12 @@
     python sample.py                                          # out/diffusion -> out/samples
     python sample.py --classes 3 --num 8 --out out/class3
     torchrun --standalone --nproc_per_node=8 -- sample.py --num 50000 --out out/samples50k
-
-(The "--" keeps torchrun from reading --num as an abbreviation of one of its own flags.)
+    # "--" keeps torchrun from reading --num as an abbreviation of its own flags
 
 With --out NAME, the script writes NAME/000000.png, NAME/000001.png and so on. Then it writes
 NAME.npz, which holds all images as uint8 (num, H, W, 3) for fid.py or ADM's evaluator, and
 NAME.png, a grid of the first 100. To resume, rerun the same command: it skips finished batches.
-Use a new NAME for new settings or model files. Image i's noise depends only on (seed, i).
+If you change settings or model files, choose a new NAME. Image i's noise depends on (seed, i) only.
 """
 
 import argparse
@@ -45,9 +44,13 @@ from rae import (
     setup_distributed,
 )
 
-# Batches fit in 24 GB. The ImageNet presets are unguided, like the paper's FID of 1.51 at 256 px.
+# Batches fit in 24 GB. The ImageNet presets are unguided, as for the paper's FID of 1.51 at 256 px.
 TOY = {"ckpt": "out/diffusion/checkpoint.pt", "num": 500, "cfg_scale": 1.5, "batch_size": 250}
-IMAGENET = {"num": 64, "cfg_scale": 1.0, "batch_size": 64}
+IMAGENET = {
+    "num": 64,
+    "cfg_scale": 1.0,
+    "batch_size": 64,
+}
 PRESETS = {
     "toy": TOY,
     "imagenet256": IMAGENET | {"ckpt": "released:ImageNet256/DiTDH-XL"},
@@ -74,12 +77,10 @@ def get_args():
     p.add_argument("--out", default="out/samples", help="writes OUT/, OUT.npz, OUT.png")
     # sampler
     p.add_argument("--steps", type=positive_int, default=50, help="Euler steps (official: 49)")
-    p.add_argument(
-        "--t-last", type=bounded(0, 0.999), default=0.0, help="final t (official: 0.001)"
-    )
+    p.add_argument("--t-last", type=bounded(0, 0.999), default=0.0, help="last t (official: 0.001)")
     p.add_argument("--alpha", type=bounded(1e-3), help="schedule shift (default: as in training)")
-    p.add_argument("--cfg-scale", type=bounded(0), help="CFG scale, 1: off; not for AutoGuidance")
-    p.add_argument("--guidance-model", help="AutoGuidance: checkpoint of the weaker model")
+    p.add_argument("--cfg-scale", type=bounded(0), help="scale of classifier-free guidance; 1: off")
+    p.add_argument("--guidance-model", help="AutoGuidance instead: checkpoint of the weaker model")
     p.add_argument("--guidance-scale", type=bounded(0), help="AutoGuidance scale (paper: 1.42)")
     p.add_argument(
         "--interval",
@@ -87,7 +88,7 @@ def get_args():
         nargs=2,
         default=[0, 1],
         metavar=("LOW", "HIGH"),
-        help="guide only while LOW <= t <= HIGH (t after shifting)",
+        help="guide only while LOW <= t <= HIGH (shifted t; 1 is noise)",
     )
     p.add_argument("--batch-size", type=positive_int, help="batch size per GPU")
     args = parse_args(p, PRESETS)  # adds --preset, --seed, --device and --precision
@@ -96,6 +97,17 @@ def get_args():
     if (args.guidance_model is None) != (args.guidance_scale is None):
         raise UsageError("pass --guidance-model and --guidance-scale together")
     return args
+
+
+def choose_classes(classes, num_classes, train_settings):
+    """Return the class numbers for --classes, by default all. The null label is num_classes."""
+    if classes is None:  # an unconditional model knows only the null label
+        classes = "null" if train_settings.get("label_drop") == 1 else range(num_classes)
+    if classes == "null":
+        return [num_classes]
+    if not all(0 <= label < num_classes for label in classes):
+        raise UsageError(f"--classes takes numbers from 0 to {num_classes - 1}, or null")
+    return list(classes)
 
 
 def balanced_labels(classes, num):
@@ -127,7 +139,7 @@ def check_model(name, model, settings, rae, used_labels):
         )
     label_drop = settings.get("label_drop")  # None for official files, which accept every label
     if label_drop == 0 and model.num_classes in used_labels:
-        raise UsageError(f"{name} has no null label; use --cfg-scale 1 without --classes null")
+        raise UsageError(f"{name} has no null label; pass --cfg-scale 1 and drop --classes null")
     if label_drop == 1 and used_labels != {model.num_classes}:
         raise UsageError(f"{name} was trained without classes; pass --classes null")
 
@@ -136,7 +148,7 @@ def check_model(name, model, settings, rae, used_labels):
 def generate(rae, model, labels, timesteps, seed, autocast=nullcontext(), first=0, **guidance):
     """Sample and decode one batch of images (B, 3, H, W), uint8.
 
-    labels is a list of B class numbers; labels[i] is for image first + i, which sets its noise.
+    labels is a list of B class numbers. `first`, the index of the first image, sets the noise.
     guidance is passed to dit_dh.sample.
     """
     device = rae.latent_mean.device
@@ -161,7 +173,8 @@ def save_grid(images, path, columns):
     images = F.pad(images.cpu(), (1, 1, 1, 1, 0, 0, 0, blank), value=255)  # white around images
     grid = images.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, 3)
     grid = grid.flatten(2, 3).flatten(0, 1).numpy()  # (rows * (H + 2), columns * (W + 2), 3)
-    Image.fromarray(grid.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(path)
+    grid = grid.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    Image.fromarray(grid).save(path)
 
 
 def save_png(image, path):
@@ -172,7 +185,7 @@ def save_png(image, path):
 
 
 def claim_folder(folder, settings):
-    """Save the settings if the folder is empty; otherwise, require that they match."""
+    """Save the settings if the folder is empty, then (two runs may race) require a match."""
     make_folder(folder)
     path = folder / "settings.json"
     files = glob.glob("*", root_dir=folder)  # no hidden files
@@ -181,7 +194,7 @@ def claim_folder(folder, settings):
         temporary.write_text(json.dumps(settings))
         os.replace(temporary, path)
     elif "settings.json" not in files:
-        raise UsageError(f"{folder} is not empty; delete it or change --out")
+        raise UsageError(f"{folder} is not empty; choose another --out")
     check_same_run(folder, json.loads(path.read_text()), settings)
 
 
@@ -201,31 +214,24 @@ def main():
     rae = load_rae(**rae_files, device=device)
     model.to(device)
 
-    # Labels: by default all classes, or only the null label for an unconditional model
-    null = model.num_classes
-    classes = args.classes
-    if classes is None:
-        classes = [null] if train_settings.get("label_drop") == 1 else list(range(null))
-    elif classes == "null":
-        classes = [null]
-    elif not all(0 <= label < null for label in classes):
-        raise UsageError(f"--classes takes numbers from 0 to {null - 1}, or null")
+    classes = choose_classes(args.classes, model.num_classes, train_settings)
     labels = balanced_labels(classes, args.num)
 
-    # Guidance
+    # Guidance, and the labels that the models must know for it
+    null = model.num_classes
     used_labels = set(classes)
     guidance = {"interval": args.interval}
-    if args.guidance_model:
-        guidance_model, guidance_settings, _ = load_model(args.guidance_model)
-        if guidance_model.num_classes != null:
-            raise UsageError(f"{args.guidance_model} has a different number of classes")
-        check_model(args.guidance_model, guidance_model, guidance_settings, rae, used_labels)
-        guidance["guidance_model"] = guidance_model.to(device)
-        guidance["guidance_scale"] = args.guidance_scale
-    elif args.cfg_scale != 1 and classes != [null]:
+    if args.cfg_scale != 1 and classes != [null] and not args.guidance_model:
         guidance["cfg_scale"] = args.cfg_scale
         used_labels.add(null)
     check_model(args.ckpt, model, train_settings, rae, used_labels)
+    if args.guidance_model:
+        guidance_model, guidance_settings, _ = load_model(args.guidance_model)
+        if guidance_model.num_classes != null:
+            raise UsageError(f"{args.guidance_model} and {args.ckpt} have different classes")
+        check_model(args.guidance_model, guidance_model, guidance_settings, rae, used_labels)
+        guidance["guidance_model"] = guidance_model.to(device)
+        guidance["guidance_scale"] = args.guidance_scale
 
     # Timesteps, by default shifted as in training
     alpha = args.alpha or train_settings.get("alpha") or shift_alpha(*rae.latent_mean.shape)
@@ -235,29 +241,23 @@ def main():
     # Never mix images from different settings or model files in one folder.
     if rank == 0:
         models = [args.ckpt, args.guidance_model, rae_files["decoder"], rae_files.get("stats")]
-        times = [os.path.getmtime(find_file(name)) for name in models if name]
-        settings = vars(args) | {"model_times": times}
+        times = {f"mtime of {name}": os.path.getmtime(find_file(name)) for name in models if name}
+        settings = vars(args) | times
         for name in ("out", "preset", "device", "batch_size"):
             del settings[name]
         claim_folder(folder, settings)
     if world_size > 1:
         dist.barrier()
 
-    # Sample the missing batches. Batches, hence rounding, are the same for any world size.
+    # Sample the missing batches. They don't depend on the world size, so rounding doesn't either.
     todo = []
     for batch in rank_batches(args.num, args.batch_size):
         if not all((folder / f"{i:06d}.png").exists() for i in batch):
             todo.append(batch)
     for batch in progress(todo, "batches"):
+        y = labels[batch.start : batch.stop]
         images = generate(
-            rae,
-            model,
-            labels[batch.start : batch.stop],
-            timesteps,
-            args.seed,
-            autocast,
-            first=batch.start,
-            **guidance,
+            rae, model, y, timesteps, args.seed, autocast, first=batch.start, **guidance
         )
         images = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
         for i, image in zip(batch, images):
@@ -270,9 +270,7 @@ def main():
         images = np.empty((args.num, rae.image_size, rae.image_size, 3), np.uint8)
         for i in range(args.num):
             images[i] = Image.open(folder / f"{i:06d}.png")
-        temporary = f"{folder}.{os.getpid()}.npz"
-        np.savez(temporary, arr_0=images)
-        os.replace(temporary, f"{folder}.npz")
+        np.savez(f"{folder}.npz", arr_0=images)
         grid = torch.from_numpy(images[:100]).permute(0, 3, 1, 2)  # (at most 100, 3, H, W)
         save_grid(grid, f"{folder}.png", columns=min(10, args.num))
         print0(f"wrote {folder}.npz and {folder}.png")

@@ -558,8 +558,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         for group in d_optimizer.param_groups:
-            # The discriminator's schedule, warm-up included, starts at its own first step, so it
-            # never reaches lr_end. The official code does the same.
+            # Count from its first step, so it never reaches lr_end, as in the official code.
             group["lr"] = learning_rate(max(0, step - start_d), args)
 
         # Draw noise levels and augmentations for the whole global batch, then slice out this rank's
@@ -612,8 +611,7 @@ def main():
             rae.update_ema(ema, decoder, args.ema, step)
         optimizer.zero_grad()
 
-        # Discriminator step. Fakes are the updated decoder's reconstructions from clean tokens,
-        # rounded to 8 bits.
+        # Discriminator step. Fakes: the updated decoder's images of clean tokens, in 8 bits.
         if args.disc_weight > 0 and step >= start_d:
             discriminator.train().requires_grad_(True)
             for micro, tokens in zip(batches.micro_batches, clean_tokens):

@@ -41,6 +41,7 @@ from rae import (  # noqa: E402
 from sample import (  # noqa: E402
     balanced_labels,
     check_model,
+    choose_classes,
     class_list,
     generate,
     load_model,
@@ -139,12 +140,10 @@ def main():
 
     # Classes. An image between two others has no class of its own.
     null = model.num_classes
-    classes = args.classes or list(range(null))[:10]
-    unlabeled = args.interpolate or settings.get("label_drop") == 1
-    if args.classes == "null" or (args.classes is None and unlabeled):
-        classes = [null]
-    elif not all(0 <= label < null for label in classes):
-        raise UsageError(f"--classes must be from 0 to {null - 1}")
+    classes = "null" if args.interpolate and args.classes is None else args.classes
+    classes = choose_classes(classes, null, settings)
+    if args.classes is None:
+        classes = classes[:10]
     needed = set(classes)
     if args.cfg_scale != 1:
         needed.add(null)

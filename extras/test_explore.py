@@ -143,7 +143,7 @@ ERRORS = {
     "--query photo.png missing": "missing: no such folder",
     "--like photo.png --ckpt missing.pt": "missing.pt",
     "--like photo.png --ckpt bare.pt": "does not name its decoder; pass --decoder",
-    "--like photo.png --classes 3,10": "--classes must be from 0 to 9",
+    "--like photo.png --classes 3,10": "--classes takes numbers from 0 to 9",
 }
 ARGPARSE_ERRORS = {
     "": "one of the arguments --like --interpolate --query --neighbors is required",

@@ -75,7 +75,7 @@ def test_guidance_needs_a_model_that_saw_the_label(run):
     run("train_diffusion.py", "--label-drop 1 --out null_only")
 
     ckpt = "--ckpt no_null/checkpoint.pt"
-    with pytest.raises(SystemExit, match="use --cfg-scale 1"):
+    with pytest.raises(SystemExit, match="pass --cfg-scale 1"):
         run("sample.py", ckpt)
     guide = "--guidance-scale 2 --guidance-model null_only/checkpoint.pt"
     with pytest.raises(SystemExit, match="null_only/checkpoint.pt was trained without classes"):
