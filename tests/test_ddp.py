@@ -158,8 +158,8 @@ def test_compiled_blocks_under_ddp_and_autocast(tmp_path, data, script, flags, g
 
 @pytest.mark.slow
 def test_four_processes_end_as_one(tmp_path, data):
-    """Both stages, sampling and scoring. Batches of 2 and 3 leave the ranks unequal shares of 21
-    samples, of 19 images to score against, and of 40 to compute statistics of.
+    """Both stages. The ranks have unequal shares of the 40 images of the latent statistics and of
+    the 19 images to evaluate.
     """
     save_images(tmp_path / "photos_val", 19, size=(32, 32), seed=1)
     train = f"{data} --global-batch-size 16 --workers 0 --steps 6 --micro-batch-size 3"
@@ -168,22 +168,18 @@ def test_four_processes_end_as_one(tmp_path, data):
         "--log-every 6 --eval-every 6 --out decoder",
         f"train_diffusion.py {train} {SMALL_MODEL} --decoder decoder/checkpoint.pt "
         "--log-every 1 --save-every 4 --out diffusion",
-        "sample.py --ckpt diffusion/checkpoint.pt --num 21 --batch-size 2 --out s",
-        f"fid.py s.npz {tmp_path}/photos_val --features encoder:toy --batch-size 3",
     ]
     results = []
     for processes in (1, 4):
         folder = tmp_path / str(processes)
         folder.mkdir()
         for command in commands:
-            said = launch(*command.split(" ", 1), processes, folder)
+            launch(*command.split(" ", 1), processes, folder)
         results.append(
             {
                 "decoder": load(folder / "decoder/checkpoint.pt"),
                 "diffusion": load(folder / "diffusion/checkpoint.pt"),
                 "log": log_of(folder / "decoder") + log_of(folder / "diffusion"),
-                "images": np.load(folder / "s.npz")["arr_0"].astype(int),
-                "score": float(re.search(r"Frechet distance (\S+)", said)[1]),
             }
         )
     one, four = results
@@ -193,9 +189,6 @@ def test_four_processes_end_as_one(tmp_path, data):
         a, b = [list(result[name]["ema"].values()) for result in results]
         assert relative_distance(a, b) < 1e-3, name
     assert_close_logs(one["log"], four["log"], rel=1e-3)
-    assert one["images"].shape == four["images"].shape == (21, 32, 32, 3)
-    assert abs(one["images"] - four["images"]).mean() < 1
-    assert one["score"] == pytest.approx(four["score"], rel=0.01)
 
 
 @pytest.mark.slow

@@ -209,11 +209,11 @@ def test_wrong_answers_get_no_points(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(worker, "SECONDS", 30)
     monkeypatch.chdir(tmp_path)
-    quick = [number for number in NUMBERS if number not in (6, 10, 12)]
-    kit.grade(submission(tmp_path / "a.zip", wrong), quick)
+    numbers = [2, 3, 4, 7, 9, 11]  # 3 is right
+    kit.grade(submission(tmp_path / "a.zip", wrong), numbers)
     said = capsys.readouterr().out
     result = json.loads((tmp_path / "results.json").read_text())
-    failed = [number for number, test in zip(quick, result["tests"]) if test["score"] == 0]
+    failed = [number for number, test in zip(numbers, result["tests"]) if test["score"] == 0]
     assert failed == [2, 4, 7, 9, 11]
     assert "dit_dh.py: changed outside the exercises" in said
     assert "not finished after" in said
