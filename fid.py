@@ -5,7 +5,7 @@
     python fid.py imagenet/val --crop 256 --save val256.npz       # save statistics for later
     torchrun --standalone --nproc_per_node=8 fid.py samples val256.npz
 
-The first command needs no download: its score is FID's formula on the toy encoder's features.
+The first command needs no download. It applies FID's formula to the toy encoder's features.
 
 Samples and reference can each be a folder of images or an .npz. An .npz holds images (uint8 arr_0
 of shape (N, H, W, 3)), statistics (mu and sigma; mu_s and sigma_s for sFID) or both. ImageNet
@@ -115,8 +115,8 @@ def resize_last(x, size):
 def preprocess(images, mode):
     """Images (B, 3, H, W) with values 0 to 255 -> (B, 3, 299, 299) for Inception.
 
-    Mode "adm" is TensorFlow's resize, then (x - 128) / 128; "pytorch-fid" is torch's resize, then
-    x / 127.5 - 1. Scores from different modes can't be compared.
+    Mode "adm" resizes as in TensorFlow and returns (x - 128) / 128. Mode "pytorch-fid" resizes as
+    in torch and returns x / 127.5 - 1. Scores from different modes can't be compared.
     """
     if mode == "adm":
         x = resize_last(images.float(), 299)  # (B, 3, H, 299)
@@ -195,7 +195,7 @@ def open_images(source, arrays):
         images = arrays.get("arr_0", np.zeros(0))
         if images.dtype != np.uint8 or images.shape[3:] != (3,):
             raise UsageError(
-                f"{source} has neither these statistics nor images (arr_0, uint8, (N, H, W, 3))"
+                f"{source} lacks these statistics and has no images (arr_0, uint8, (N, H, W, 3))"
             )
     else:
         images = rae.list_images(source)
@@ -219,8 +219,8 @@ def read_image(image, crop):
 def extract_features(images, extractor, crop, batch_size, device):
     """Features of all images in order, on the CPU: a list of (n, D).
 
-    Batches are dealt out to the ranks, and rank 0 collects the results. Batches are the same for
-    any world size, so rounding is too.
+    Batches are dealt out to the ranks, and rank 0 collects the results. Batches, and so
+    rounding, don't depend on the world size.
     """
     outputs = [torch.zeros(len(images), dim) for dim in extractor.dims]
     for batch in rae.progress(rae.rank_batches(len(images), batch_size), "features"):
@@ -242,7 +242,7 @@ def load_statistics(source, metrics, extractor, args, device):
 
     Returns a dict: "fid" and "sfid" are (mu, sigma), "is" is the Inception score, "pr" the pool3
     features. "label" names the features, "n" counts the images, and "size" is the first image's.
-    With several processes, only rank 0 gets the metrics that are computed from images.
+    With several processes, only rank 0 returns metrics computed from images.
     """
     arrays = read_npz(source) if source.endswith(".npz") else {}
     saved = {}

@@ -4,7 +4,7 @@
     z = rae.encode(images)      # (B, 3, H, W) in [0, 1] -> latents (B, N, C), normalized
     images = rae.decode(z)      # (B, N, C) -> (B, 3, H, W)
 
-Letters in formulas and shapes, the same in every file:
+Notation, the same in every file:
     B batch      N tokens = h w      C latent channels      D transformer width
     H W pixels   h w latent grid     p patch size           t time, from 0 (data) to 1 (noise)
     z latents    eps ~ N(0, I)       x_t = (1 - t) z + t eps        v = eps - z, the velocity
@@ -414,8 +414,8 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
     mean = statistics.get("mean", torch.zeros_like(var))  # some official files lack it
     rae = RAE(encoder_vit, decoder_vit, mean, var)
     rae.latent_hash = encoder_vit.latent_hash(mean, var)
-    if stats is None and file.get("latent_hash") not in (None, rae.latent_hash):  # official: None
-        raise UsageError(f"{name} was trained on another encoder; pass that one, or retrain")
+    if stats is None and file.get("latent_hash") not in (None, rae.latent_hash):  # None: converted
+        raise UsageError(f"{name} was trained with another encoder; pass that or retrain")
     return rae.to(device).eval().requires_grad_(False)
 
 
@@ -550,7 +550,7 @@ def setup_distributed(args):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        # Import timm first: imported after joining, it keeps the group alive, and gloo crashes.
+        # Import timm first: imported after joining, it keeps the group alive, which crashes gloo.
         import timm  # noqa: F401
 
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -590,7 +590,7 @@ def progress(batches, description):
 
 
 def rank_batches(n, batch_size):
-    """This rank's batches of range(n). Their union does not depend on the world size."""
+    """Split range(n) into batches, the same for any world size, and return this rank's share."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     starts = range(get_rank() * batch_size, n, world_size * batch_size)
     batches = []

@@ -12,10 +12,10 @@ If you change settings or model files, choose a new NAME. Image i's noise depend
 """
 
 import argparse
-import glob
 import json
 import math
 import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -33,7 +33,6 @@ from rae import (
     find_file,
     load,
     load_rae,
-    make_folder,
     parse_args,
     positive_int,
     print0,
@@ -44,12 +43,11 @@ from rae import (
     setup_distributed,
 )
 
-# Batches fit in 24 GB. The ImageNet presets are unguided, as for the paper's FID of 1.51 at 256 px.
 TOY = {"ckpt": "out/diffusion/checkpoint.pt", "num": 500, "cfg_scale": 1.5, "batch_size": 250}
 IMAGENET = {
     "num": 64,
-    "cfg_scale": 1.0,
-    "batch_size": 64,
+    "cfg_scale": 1.0,  # unguided: the paper's FID of 1.51 at 256 px
+    "batch_size": 64,  # fits on a 24 GB GPU
 }
 PRESETS = {
     "toy": TOY,
@@ -80,7 +78,7 @@ def get_args():
     p.add_argument("--t-last", type=bounded(0, 0.999), default=0.0, help="last t (official: 0.001)")
     p.add_argument("--alpha", type=bounded(1e-3), help="schedule shift (default: as in training)")
     p.add_argument("--cfg-scale", type=bounded(0), help="scale of classifier-free guidance; 1: off")
-    p.add_argument("--guidance-model", help="AutoGuidance instead: checkpoint of the weaker model")
+    p.add_argument("--guidance-model", help="weaker model, for AutoGuidance instead of --cfg-scale")
     p.add_argument("--guidance-scale", type=bounded(0), help="AutoGuidance scale (paper: 1.42)")
     p.add_argument(
         "--interval",
@@ -148,7 +146,7 @@ def check_model(name, model, settings, rae, used_labels):
 def generate(rae, model, labels, timesteps, seed, autocast=nullcontext(), first=0, **guidance):
     """Sample and decode one batch of images (B, 3, H, W), uint8.
 
-    labels is a list of B class numbers. `first`, the index of the first image, sets the noise.
+    labels is a list of B class numbers. `first`, the first image's index, and seed set the noise.
     guidance is passed to dit_dh.sample.
     """
     device = rae.latent_mean.device
@@ -185,17 +183,18 @@ def save_png(image, path):
 
 
 def claim_folder(folder, settings):
-    """Save the settings if the folder is empty, then (two runs may race) require a match."""
-    make_folder(folder)
-    path = folder / "settings.json"
-    files = glob.glob("*", root_dir=folder)  # no hidden files
-    if not files:
-        temporary = folder / f".{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(settings))
-        os.replace(temporary, path)
-    elif "settings.json" not in files:
-        raise UsageError(f"{folder} is not empty; choose another --out")
-    check_same_run(folder, json.loads(path.read_text()), settings)
+    """Create the folder with settings.json in it. If it holds files, require equal settings."""
+    temporary = Path(f"{folder}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    (temporary / "settings.json").write_text(json.dumps(settings))
+    try:
+        os.rename(temporary, folder)  # atomic: of two runs that start at once, one fails
+    except OSError:
+        shutil.rmtree(temporary)
+        path = folder / "settings.json"
+        if not path.exists():
+            raise UsageError(f"{folder} is not empty; choose another --out")
+        check_same_run(folder, json.loads(path.read_text()), settings)
 
 
 def main():
@@ -217,7 +216,7 @@ def main():
     classes = choose_classes(args.classes, model.num_classes, train_settings)
     labels = balanced_labels(classes, args.num)
 
-    # Guidance, and the labels that the models must know for it
+    # Guidance, and the labels it uses
     null = model.num_classes
     used_labels = set(classes)
     guidance = {"interval": args.interval}
@@ -249,7 +248,7 @@ def main():
     if world_size > 1:
         dist.barrier()
 
-    # Sample the missing batches. They don't depend on the world size, so rounding doesn't either.
+    # Sample the missing batches. Batches are the same on any number of GPUs, and so is rounding.
     todo = []
     for batch in rank_batches(args.num, args.batch_size):
         if not all((folder / f"{i:06d}.png").exists() for i in batch):

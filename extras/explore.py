@@ -5,11 +5,11 @@
     python extras/explore.py --query cat.png photos           # edit an image and its neighbors
     python extras/explore.py --neighbors toy                  # are samples copies of the data?
 
---like, --interpolate and --query add noise to latents up to the time --strength, before the
-schedule shift, and denoise them from there (SDEdit, Meng et al. 2022): at 0 an image stays as it
-is, at 1 nothing of it is left. All latents get the same noise, so the results differ only by latent
-and class. Neighbors, from a folder or the toy's training set, are the images whose mean encoder
-tokens have the highest cosine similarity.
+--like, --interpolate and --query noise the latents to time --strength (before the schedule shift)
+and denoise them from there (SDEdit, Meng et al. 2022): 0 reconstructs the image, 1 starts from pure
+noise. All latents get the same noise, so results differ only in latent and class. Neighbors, from a
+folder or the toy's training set, are the images whose mean encoder tokens have the highest cosine
+similarity.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from sample import (  # noqa: E402
     to_uint8,
 )
 
-NUM_IMAGES = 8  # of an interpolation; samples whose neighbors are shown
+NUM_IMAGES = 8  # in an interpolation, or samples to find neighbors for
 NUM_NEIGHBORS = 7
 
 
@@ -79,9 +79,9 @@ def get_args():
         type=class_list,
         help="such as 0,3,7, or null (default: the first ten; null for --interpolate)",
     )
-    p.add_argument("--strength", type=bounded(0, 1), default=0.6, help="noise images up to this t")
+    p.add_argument("--strength", type=bounded(0, 1), default=0.6, help="noise level, 0 to 1")
     p.add_argument("--steps", type=positive_int, default=50, help="Euler steps")
-    p.add_argument("--cfg-scale", type=bounded(0), default=1.5, help="guidance, 1: none")
+    p.add_argument("--cfg-scale", type=bounded(0), default=1.5, help="CFG scale (1: off)")
     p.add_argument("--seed", type=non_negative_int, default=0, help="random seed")
     p.add_argument("--out", default="out/explore.png", help="picture to write")
     return p.parse_args()
@@ -95,7 +95,7 @@ def load_images(paths, size, device):
 
 
 def denoise(rae, model, z, labels, alpha, args):
-    """Noise latents z (B, N, C) and denoise them as labels: images (B, 3, H, W) in [0, 1]."""
+    """Noise latents z (B, N, C), denoise them conditioned on labels, and decode: (B, 3, H, W)."""
     timesteps = shift_time(torch.linspace(args.strength, 0, args.steps + 1), alpha)
     t = timesteps[0].item()
     noise = seeded_noise([("explore", args.seed)], z.shape[1:], z.device)  # (1, N, C)
@@ -108,7 +108,7 @@ def denoise(rae, model, z, labels, alpha, args):
 def find_neighbors(encoder, images, data, batch_size=256):
     """The images of a data set nearest to images (B, 3, H, W).
 
-    Returns them, (B, n, 3, H, W), and their cosine similarities, (B, n), nearest first.
+    Returns the neighbors (B, n, 3, H, W) and their cosine similarities (B, n), nearest first.
     """
 
     def features(x):
@@ -134,7 +134,7 @@ def main():
     if args.decoder:
         rae_files["decoder"] = args.decoder
     if not rae_files:
-        raise UsageError(f"{args.ckpt}: does not name its decoder; pass --decoder")
+        raise UsageError(f"{args.ckpt}: names no decoder; pass --decoder")
     rae = load_rae(**rae_files, device=device)
     alpha = settings.get("alpha") or shift_alpha(*rae.latent_mean.shape)
 
@@ -167,8 +167,8 @@ def main():
         query = load_images([path], rae.image_size, device)  # (1, 3, H, W)
         data = open_data(folder, rae.image_size)
         neighbors, cosines = find_neighbors(rae.encoder, query, data)
-        images = torch.cat([query, neighbors[0]])  # (8, 3, H, W)
-        z = rae.encode(images)  # (8, N, C)
+        images = torch.cat([query, neighbors[0]])  # (1 + n, 3, H, W)
+        z = rae.encode(images)  # (1 + n, N, C)
         rows = [denoise(rae, model, z, [label] * len(z), alpha, args) for label in classes]
         pictures = torch.cat([images, *rows])
         columns = len(images)

@@ -142,7 +142,7 @@ ERRORS = {
     "--neighbors missing": "missing: no such folder",
     "--query photo.png missing": "missing: no such folder",
     "--like photo.png --ckpt missing.pt": "missing.pt",
-    "--like photo.png --ckpt bare.pt": "does not name its decoder; pass --decoder",
+    "--like photo.png --ckpt bare.pt": "names no decoder; pass --decoder",
     "--like photo.png --classes 3,10": "--classes takes numbers from 0 to 9",
 }
 ARGPARSE_ERRORS = {

@@ -175,13 +175,8 @@ def test_four_processes_end_as_one(tmp_path, data):
         folder.mkdir()
         for command in commands:
             launch(*command.split(" ", 1), processes, folder)
-        results.append(
-            {
-                "decoder": load(folder / "decoder/checkpoint.pt"),
-                "diffusion": load(folder / "diffusion/checkpoint.pt"),
-                "log": log_of(folder / "decoder") + log_of(folder / "diffusion"),
-            }
-        )
+        result = {name: load(folder / name / "checkpoint.pt") for name in ("decoder", "diffusion")}
+        results.append(result | {"log": log_of(folder / "decoder") + log_of(folder / "diffusion")})
     one, four = results
     for name in ("mean", "var"):
         assert torch.allclose(one["decoder"][name], four["decoder"][name], rtol=1e-6)

@@ -106,7 +106,7 @@ COMMANDS = [
      "--out s/preset --precision fp32"),
     ("sample.py", "--preset imagenet512 --ckpt f/preset256/checkpoint.pt --num 1 --steps 2 "
      "--out s/preset512 --precision tf32"),
-    ("fid.py", "s/a photos_fid --features encoder:e/enc.pt --batch-size 2 --device cpu"),
+    ("fid.py", "s/a photos_fid --crop 24 --features encoder:e/enc.pt --batch-size 2 --device cpu"),
     ("fid.py", "s/guided.npz toy --weights inception.pt --mode pytorch-fid --metrics fid,is,pr "
      "--crop 24"),
     ("fid.py", "s/guided.npz --save s/stats.npz --features encoder:toy"),

@@ -1,5 +1,7 @@
 """sample.py: what the images depend on, labels and guidance, checkpoints of others, the files."""
 
+import json
+import multiprocessing
 import os
 import resource
 
@@ -10,7 +12,7 @@ from PIL import Image
 
 import dit_dh
 from fid import psnr
-from sample import save_grid, to_uint8
+from sample import claim_folder, save_grid, to_uint8
 from tests.conftest import begin, load, pictures_of
 
 
@@ -112,6 +114,25 @@ def test_two_copies_of_a_command_sample_the_same(trained, tmp_path):
     trained("sample.py", f"{flags} want", tiny=False)
     assert pictures_of("s") == pictures_of("want")
     assert len(np.load("s.npz")["arr_0"]) == 40
+
+
+def test_one_of_many_settings_claims_a_folder(tmp_path):
+    """Eight processes at once. The losers leave nothing behind."""
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(8)
+
+    def claim(seed):
+        barrier.wait()
+        claim_folder(tmp_path / "s", {"seed": seed})
+
+    processes = [context.Process(target=claim, args=(seed,)) for seed in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    winners = [seed for seed, process in enumerate(processes) if process.exitcode == 0]
+    assert [json.loads((tmp_path / "s/settings.json").read_text())["seed"]] == winners
+    assert os.listdir(tmp_path) == ["s"]
 
 
 def test_many_samples_need_few_open_files(trained):

@@ -329,7 +329,7 @@ RIGHT = [
 
 
 def exercise_of(function):
-    """A function's exercise and file."""
+    """The exercise that a function belongs to, and its file."""
     for exercise in EXERCISES:
         for file, name in exercise["functions"]:
             if name == function:
@@ -338,7 +338,7 @@ def exercise_of(function):
 
 
 def put(function, old, new):
-    """Replace our function in its imported module by the edited one."""
+    """Put the edited function into its module, in place of ours."""
     _, file = exercise_of(function)
     source = (ROOT / file).read_text()
     text = textwrap.dedent(lines_of(source, function))
@@ -365,14 +365,14 @@ def grade(function, old, new, times=1):
     """pytest's exit code: 0 if the exercise's tests pass, 1 if one fails."""
     pid = os.fork()
     if pid == 0:
+        try:
+            put(function, old, new)
+        except Exception as error:
+            print(f"{function}: cannot put in {new!r}: {error!r}", flush=True)
+            os._exit(9)
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        try:
-            put(function, old, new)
-        except BaseException as error:
-            os.write(2, f"{error!r}\n".encode())
-            os._exit(9)
         exercise, _ = exercise_of(function)
         flags = ["-q", "-x", "--assert=plain", "-p", "no:cacheprovider"]
         os._exit(pytest.main([*flags, *exercise["tests"]], plugins=[Repeat(times)]))
@@ -382,7 +382,7 @@ def grade(function, old, new, times=1):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--only", metavar="FUNCTION", help="grade the answers of one function")
-    p.add_argument("--times", type=int, default=1, help="runs of the tests of right answers")
+    p.add_argument("--times", type=int, default=1, help="how often to test each right answer")
     args = p.parse_args()
 
     # Import once what the forked processes share.
@@ -393,7 +393,7 @@ def main():
     import rae  # noqa: F401
     import train_decoder  # noqa: F401
 
-    gc.freeze()  # pytest collects garbage when it ends; keep it from walking through all this
+    gc.freeze()  # spare pytest, which collects garbage when it ends, all these imports
 
     for name, answers, want, times in (("wrong", WRONG, 1, 1), ("right", RIGHT, 0, args.times)):
         answers = [answer for answer in answers if args.only in (None, answer[0])]

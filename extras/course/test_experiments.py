@@ -8,7 +8,7 @@ import pytest
 import torch
 
 
-def test_run_is_a_process_in_the_repository():
+def test_run_starts_in_the_repository():
     assert experiments.run("-c", "import os; print(os.getcwd())") == f"{experiments.ROOT}\n"
     with pytest.raises(SystemExit, match="^no space$"):
         experiments.run("-c", "raise SystemExit('no space')")
@@ -16,7 +16,7 @@ def test_run_is_a_process_in_the_repository():
 
 @pytest.mark.slow
 def test_theorem_1_draws_uniform_times(monkeypatch):
-    """One latent under the null label, without a shift."""
+    """The data is one latent under the null label, and alpha is 1."""
     times = []
 
     def spy(model, z, y, alpha, t=None, eps=None):
@@ -30,7 +30,7 @@ def test_theorem_1_draws_uniform_times(monkeypatch):
     monkeypatch.setattr(experiments, "flow_loss", spy)
     assert list(experiments.theorem_1([16, 32], steps=100)) == [16, 32]
     t = torch.cat(times)
-    assert len(t) == 200 * 32
+    assert len(t) == 2 * 100 * 32  # widths, steps, batch
     assert t.min() >= 0
     assert t.max() <= 1
     assert abs(t.mean() - 0.5) < 0.02
@@ -39,7 +39,7 @@ def test_theorem_1_draws_uniform_times(monkeypatch):
 
 @pytest.mark.slow
 def test_theorem_1():
-    """The bound holds and is nearly reached; with a head, a backbone of width 16 fits."""
+    """Losses end just above the bound; with a wide head, a backbone of width 16 gets below it."""
     (loss,) = experiments.theorem_1([64], steps=350).values()
     assert -0.005 < loss - (1 - 64 / 128) < 0.1
     (wide,) = experiments.theorem_1([16], head=(128, 1, 4), steps=350).values()
@@ -120,7 +120,7 @@ def test_noise_sweep_runs_what_it_should(commands):
 
 @pytest.fixture
 def in_process(run, monkeypatch, tmp_path):
-    """Let experiments run their scripts in this process, on a small toy world."""
+    """Let experiments run their scripts in this process, on 60 training images."""
 
     def run_words(script, *words):
         return run(script, [str(word) for word in words], tiny=False)
