@@ -131,7 +131,7 @@ def preprocess(images, mode):
 
 
 def download_weights(url, file_name, flag):
-    """Download weights, or reuse the cached copy. file_name holds the start of their SHA-256."""
+    """Download weights, or reuse the cached copy. file_name contains the start of their SHA-256."""
     try:
         return torch.hub.load_state_dict_from_url(
             url, file_name=file_name, check_hash=True, map_location="cpu", weights_only=True
@@ -194,9 +194,7 @@ def open_images(source, arrays):
     elif source.endswith(".npz"):
         images = arrays.get("arr_0", np.zeros(0))
         if images.dtype != np.uint8 or images.shape[3:] != (3,):
-            raise UsageError(
-                f"{source} lacks these statistics and has no images (arr_0, uint8, (N, H, W, 3))"
-            )
+            raise UsageError(f"{source} has no images to score (arr_0, uint8, (N, H, W, 3))")
     else:
         images = rae.list_images(source)
     if len(images) < 2:
@@ -258,7 +256,7 @@ def load_statistics(source, metrics, extractor, args, device):
 
 
 def saved_statistics(source, arrays, extractor):
-    """The dict that load_statistics returns, from the arrays of a statistics file."""
+    """The entries of load_statistics' dict that a statistics file provides."""
     statistics = {"fid": (arrays["mu"], arrays["sigma"])}
     if "mu_s" in arrays:
         statistics["sfid"] = (arrays["mu_s"], arrays["sigma_s"])
@@ -417,8 +415,9 @@ def main():
             samples["mu"], samples["sigma"] = samples.pop("fid")
             if "sfid" in samples:
                 samples["mu_s"], samples["sigma_s"] = samples.pop("sfid")
-            np.savez(args.save, **samples)
-            print(f"wrote {args.save}: {samples['n']} images, {samples['size']}, {extractor.label}")
+            path = args.save.removesuffix(".npz") + ".npz"
+            np.savez(path, **samples)
+            print(f"wrote {path}: {samples['n']} images, {samples['size']}, {extractor.label}")
         return
     compared = [metric for metric in metrics if metric != "is"]  # IS needs no reference
     reference = {}
@@ -445,14 +444,14 @@ def main():
         scores["IS"] = samples["is"]
     if "pr" in metrics:
         scores["precision"], scores["recall"] = precision_recall(samples["pr"], reference["pr"])
-    n = samples.get("n", 0)
-    if "FID" in scores and 0 < n < 2048:  # fewer samples than features
+    n = samples.get("n", "unknown number of")
+    if "FID" in scores and samples.get("n", 2048) < 2048:  # fewer samples than features
         rae.print0(
             f"warning: FID from only {n} samples is strongly biased upward; papers use 50,000"
         )
     numbers = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
     against = f", reference {args.reference}" if compared else ""
-    rae.print0(f"{numbers}  ({n or 'unknown number of'} samples{against}, {samples['label']})")
+    rae.print0(f"{numbers}  ({n} samples{against}, {samples['label']})")
 
 
 if __name__ == "__main__":

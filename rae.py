@@ -53,7 +53,7 @@ ENCODERS = {
     "dinov2-l": ("vit_large_patch14_reg4_dinov2.lvd142m", True, {}),
     "siglip2-b": ("vit_base_patch16_siglip_256.v2_webli", False, {"act_layer": "gelu_tanh"}),
     "mae-b": ("vit_base_patch16_224.mae", False, {}),
-    # Backbone of train_decoder.py's discriminator. (DINO itself was trained with exact GELU.)
+    # Backbone of train_decoder.py's discriminator
     "dino-s8": ("vit_small_patch8_224.dino", True, {"act_layer": "gelu_tanh"}),
 }
 
@@ -392,8 +392,8 @@ def load_decoder(file, name="decoder"):
 def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cpu"):
     """Load a decoder ("toy", "released:NAME" or a path) with its encoder and statistics, frozen.
 
-    Our checkpoints name their encoder and hold the statistics. An official file needs `encoder`, a
-    name for load_encoder, and `stats`, the path of its statistics.
+    Our checkpoints and released:NAME know their encoder and statistics. For a local official file,
+    pass `encoder`, a name for load_encoder, and `stats`, the path of its statistics.
     """
     name = str(decoder)
     file = load(find_file(name))
@@ -402,6 +402,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
         official_encoder, folder, _, data = RELEASED_DECODERS[name.removeprefix("released:")]
         encoder = encoder or official_encoder
         stats = stats or download(f"stats/{folder}/{data}/stat.pt")
+    encoder_weights = encoder_weights or (None if encoder else file.get("encoder_weights"))
     encoder = encoder or file.get("encoder")
     statistics = load(stats) if stats else file
     if encoder is None or "var" not in statistics:
@@ -409,13 +410,13 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
 
     # Official decoders have one token per 16 px of the encoded image.
     image_size = file.get("encoder_image_size", 16 * decoder_vit.grid_size)
-    encoder_vit = load_encoder(encoder, image_size, encoder_weights or file.get("encoder_weights"))
+    encoder_vit = load_encoder(encoder, image_size, encoder_weights)
     var = statistics["var"]
     mean = statistics.get("mean", torch.zeros_like(var))  # some official files lack it
     rae = RAE(encoder_vit, decoder_vit, mean, var)
     rae.latent_hash = encoder_vit.latent_hash(mean, var)
     if stats is None and file.get("latent_hash") not in (None, rae.latent_hash):  # None: converted
-        raise UsageError(f"{name} was trained with another encoder; pass that or retrain")
+        raise UsageError(f"{name} was trained with another encoder; pass that one, or retrain")
     return rae.to(device).eval().requires_grad_(False)
 
 
@@ -677,9 +678,8 @@ non_negative_int = bounded(0, 2**62, int)
 
 
 def available_devices():
-    """Available devices, fastest first."""
     devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return [name for name, available in devices.items() if available] + ["cpu"]
+    return [name for name, available in devices.items() if available] + ["cpu"]  # fastest first
 
 
 def parse_args(parser, presets):

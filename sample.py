@@ -46,7 +46,7 @@ from rae import (
 TOY = {"ckpt": "out/diffusion/checkpoint.pt", "num": 500, "cfg_scale": 1.5, "batch_size": 250}
 IMAGENET = {
     "num": 64,
-    "cfg_scale": 1.0,  # unguided: the paper's FID of 1.51 at 256 px
+    "cfg_scale": 1.0,  # unguided, as for the paper's FID of 1.51 at 256 px
     "batch_size": 64,  # fits on a 24 GB GPU
 }
 PRESETS = {
@@ -98,14 +98,14 @@ def get_args():
 
 
 def choose_classes(classes, num_classes, train_settings):
-    """Return the class numbers for --classes, by default all. The null label is num_classes."""
+    """Return the class numbers that --classes selects. The null label is num_classes."""
     if classes is None:  # an unconditional model knows only the null label
         classes = "null" if train_settings.get("label_drop") == 1 else range(num_classes)
     if classes == "null":
         return [num_classes]
     if not all(0 <= label < num_classes for label in classes):
         raise UsageError(f"--classes takes numbers from 0 to {num_classes - 1}, or null")
-    return list(classes)
+    return classes
 
 
 def balanced_labels(classes, num):
@@ -169,7 +169,8 @@ def save_grid(images, path, columns):
     rows = math.ceil(len(images) / columns)
     blank = rows * columns - len(images)
     images = F.pad(images.cpu(), (1, 1, 1, 1, 0, 0, 0, blank), value=255)  # white around images
-    grid = images.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, 3)
+    images = images.unflatten(0, (rows, columns))  # (rows, columns, 3, H + 2, W + 2)
+    grid = images.permute(0, 3, 1, 4, 2)  # (rows, H + 2, columns, W + 2, 3)
     grid = grid.flatten(2, 3).flatten(0, 1).numpy()  # (rows * (H + 2), columns * (W + 2), 3)
     grid = grid.repeat(zoom, axis=0).repeat(zoom, axis=1)
     Image.fromarray(grid).save(path)
@@ -219,7 +220,7 @@ def main():
     # Guidance, and the labels it uses
     null = model.num_classes
     used_labels = set(classes)
-    guidance = {"interval": args.interval}
+    guidance = {"interval": sorted(args.interval)}
     if args.cfg_scale != 1 and classes != [null] and not args.guidance_model:
         guidance["cfg_scale"] = args.cfg_scale
         used_labels.add(null)
@@ -248,7 +249,7 @@ def main():
     if world_size > 1:
         dist.barrier()
 
-    # Sample the missing batches. Batches are the same on any number of GPUs, and so is rounding.
+    # Sample the missing batches. They don't depend on the number of GPUs.
     todo = []
     for batch in rank_batches(args.num, args.batch_size):
         if not all((folder / f"{i:06d}.png").exists() for i in batch):

@@ -60,8 +60,7 @@ def test_an_odd_world_size_is_one_process(monkeypatch, capsys, value):
 
 
 @pytest.mark.parametrize(
-    "script, flags",
-    [("train_decoder.py", "--disc-weight 0"), ("train_diffusion.py", SMALL_MODEL)],
+    "script, flags", [("train_decoder.py", "--disc-weight 0"), ("train_diffusion.py", SMALL_MODEL)]
 )
 def test_micro_batches_equal_one(run, monkeypatch, script, flags):
     seen = first_gradients(monkeypatch)
@@ -234,10 +233,7 @@ def test_two_processes_score_as_one(inception_file, tmp_path):
         launch("fid.py", f"a {weights} --save a.npz --batch-size 4", processes, tmp_path)
         saved = dict(np.load(tmp_path / "a.npz"))
         lines = []
-        for command in (
-            f"a b --metrics is,pr --batch-size 4 {weights}",
-            "c toy",
-        ):
+        for command in (f"a b --metrics is,pr --batch-size 4 {weights}", "c toy"):
             lines.append(launch("fid.py", command, processes, tmp_path).splitlines()[-1])
         results.append((saved, lines))
     (saved, lines), (other, other_lines) = results

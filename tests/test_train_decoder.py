@@ -12,14 +12,7 @@ from PIL import Image
 import rae as R
 import train_decoder as T
 from sample import to_uint8
-from tests.conftest import (
-    first_gradients,
-    gap,
-    load,
-    log_of,
-    relative_distance,
-    save_images,
-)
+from tests.conftest import first_gradients, gap, load, log_of, relative_distance, save_images
 from toy import world
 from train_diffusion import StepBatches
 
