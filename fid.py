@@ -250,8 +250,6 @@ def load_statistics(source, metrics, extractor, args, device):
     if not missing:
         return saved
     images = open_images(source, arrays)
-    if saved and saved["label"] != extractor.label:
-        raise UsageError(f"{source} was made with features {saved['label']}, not {extractor.label}")
     return compute_statistics(images, missing, extractor, args, device) | saved
 
 

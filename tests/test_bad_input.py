@@ -106,7 +106,7 @@ ROWS = [
     (SAMPLE, f"{RUN} --decoder run/checkpoint.pt", "run/checkpoint.pt"),
     (SAMPLE, f"{RUN} --decoder other_statistics.pt", "--decoder"),
     (SAMPLE, f"{RUN} --decoder other_encoder.pt", "other_encoder.pt"),
-    (SAMPLE, f"{RUN} --classes 3,11", "--classes"),
+    (SAMPLE, f"{RUN} --classes 3,10", "--classes"),
     (SAMPLE, f"{RUN} --classes -1", "--classes"),
     (SAMPLE, f"{RUN} --interval 0 2", "--interval"),
     (SAMPLE, f"{RUN} --out a.png", "--out a.png"),
@@ -127,6 +127,7 @@ ROWS = [
     (FID, f"wide wide {TOY}", "--crop"),
     (FID, f"big.npz statistics.npz {TOY} --crop 64", "big.npz is 64x64"),
     (FID, f"images.npz other_label.npz {TOY}", "label"),
+    (FID, f"images.npz adm.npz {TOY}", "adm.npz is inception"),
     (FID, f"statistics.npz {TOY} --save new.npz", "statistics.npz"),
     (FID, "images.npz toy --metrics fid,kid", "--metrics"),
     (FID, "images.npz toy --features dino", "--features"),
@@ -213,6 +214,7 @@ def write_images(folder):
     for name, array in arrays.items():
         np.savez(folder / f"{name}.npz", arr_0=array)
     np.savez(folder / "no_images.npz", x=images)
+    np.savez(folder / "adm.npz", mu=np.zeros(128), sigma=np.eye(128))
     whole = (folder / "images.npz").read_bytes()
     (folder / "half.npz").write_bytes(whole[: len(whole) // 2])
     (folder / "damaged.npz").write_bytes(whole[:5000] + bytes(4000) + whole[9000:])

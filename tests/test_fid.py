@@ -311,6 +311,9 @@ def test_toy_distance_and_its_statistics(run, sides):
         assert scores_of(run("fid.py", f"{files} {TOY}")) == pytest.approx(want, rel=1e-4), files
     assert abs(scores_of(run("fid.py", f"a a.npz {TOY}"))["Frechet distance"]) < 1e-3
 
+    np.savez("both.npz", arr_0=pixels, mu=np.zeros(4), sigma=np.eye(4))  # of other features
+    run("fid.py", f"both.npz {TOY} --save again")  # computes them anew
+    assert np.allclose(np.load("again.npz")["mu"], np.load("b.npz")["mu"], rtol=1e-4)
     # Without flags: against the toy's validation images.
     said = run("fid.py", "a")
     assert "reference toy, encoder toy " in said

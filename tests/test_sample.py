@@ -50,14 +50,14 @@ def test_samples_do_not_depend_on_the_batch(trained, monkeypatch):
 
     def record(model, noise, y, *args, **kw):
         labels.extend(y.tolist())
+        assert kw["interval"] == [0.1, 0.9]
         return sample(model, noise, y, *args, **kw)
 
     monkeypatch.setattr(dit_dh, "sample", record)
-    trained("sample.py", "--out a --batch-size 20")
-    trained("sample.py", "--out b --batch-size 3")
+    trained("sample.py", "--out a --batch-size 20 --interval 0.1 0.9")
+    trained("sample.py", "--out b --batch-size 3 --interval 0.9 0.1")
     assert labels == [*range(10)] * 4
-    a = np.load("a.npz")["arr_0"].astype(int)
-    b = np.load("b.npz")["arr_0"].astype(int)
+    a, b = [np.load(f"{name}.npz")["arr_0"].astype(int) for name in "ab"]
     assert a.shape == (20, 32, 32, 3)
     assert abs(a - b).max() <= 1  # rounding of matrix products may depend on the batch
 
