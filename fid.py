@@ -7,11 +7,11 @@
 
 The first command needs no download. It applies FID's formula to the toy encoder's features.
 
-Samples and reference can each be a folder of images or an .npz. An .npz holds images (uint8 arr_0
-of shape (N, H, W, 3)), statistics (mu and sigma; mu_s and sigma_s for sFID) or both. ImageNet
+Samples and reference can each be a folder of images, an .npz or "toy". An .npz holds images (uint8
+arr_0 of shape (N, H, W, 3)), statistics (mu and sigma; mu_s and sigma_s for sFID) or both. ImageNet
 papers report scores from ADM's TensorFlow suite (Dhariwal and Nichol 2021). This script
-reimplements that suite but has not been checked against it. Features and FID do match those of
-pytorch-fid (--mode pytorch-fid) and torch-fidelity (--mode adm).
+reimplements that suite but has not been checked against it. Features and FID match pytorch-fid
+(--mode pytorch-fid) and torch-fidelity (--mode adm); IS, precision and recall match torch-fidelity.
 """
 
 import argparse
@@ -254,7 +254,7 @@ def load_statistics(source, metrics, extractor, args, device):
 
 
 def saved_statistics(source, arrays, extractor):
-    """The entries of load_statistics' dict that a statistics file provides."""
+    """Return what a statistics file contributes to load_statistics."""
     statistics = {"fid": (arrays["mu"], arrays["sigma"])}
     if "mu_s" in arrays:
         statistics["sfid"] = (arrays["mu_s"], arrays["sigma_s"])
@@ -429,7 +429,7 @@ def main():
         if ours and theirs and ours != theirs:
             raise UsageError(
                 f"{args.samples} is {ours}, but {args.reference} is {theirs}; "
-                "save new statistics, or pass --crop to match sizes"
+                "save new statistics, or pass --crop if only sizes differ"
             )
 
     scores = {}

@@ -297,7 +297,7 @@ def load(path):
     """Load a dict saved with torch.save, without running pickled code."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises half a dozen types; its messages are pages long
+    except Exception as error:  # torch raises many types; its messages are pages long
         raise UsageError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
 
 
@@ -326,7 +326,7 @@ def load_timm(model, weights=None, **options):
     try:
         # Load with the classifier: in a model built without one, timm ignores missing tensors.
         net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-    except Exception as error:  # the hub's client, torch and timm raise a dozen types
+    except Exception as error:  # the hub's client, torch and timm raise many types
         raise UsageError(f"cannot load {model} from {weights or 'timm'}: {error}") from error
     net.reset_classifier(0)
     return net
@@ -392,8 +392,8 @@ def load_decoder(file, name="decoder"):
 def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cpu"):
     """Load a decoder ("toy", "released:NAME" or a path) with its encoder and statistics, frozen.
 
-    Our checkpoints and released:NAME know their encoder and statistics. For a local official file,
-    pass `encoder`, a name for load_encoder, and `stats`, the path of its statistics.
+    Our checkpoints store encoder and statistics, and released:NAME implies them. A local official
+    file needs `encoder`, a name for load_encoder, and `stats`, the path of its statistics.
     """
     name = str(decoder)
     file = load(find_file(name))
@@ -402,7 +402,6 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
         official_encoder, folder, _, data = RELEASED_DECODERS[name.removeprefix("released:")]
         encoder = encoder or official_encoder
         stats = stats or download(f"stats/{folder}/{data}/stat.pt")
-    encoder_weights = encoder_weights or (None if encoder else file.get("encoder_weights"))
     encoder = encoder or file.get("encoder")
     statistics = load(stats) if stats else file
     if encoder is None or "var" not in statistics:
@@ -410,7 +409,7 @@ def load_rae(decoder, encoder=None, encoder_weights=None, stats=None, device="cp
 
     # Official decoders have one token per 16 px of the encoded image.
     image_size = file.get("encoder_image_size", 16 * decoder_vit.grid_size)
-    encoder_vit = load_encoder(encoder, image_size, encoder_weights)
+    encoder_vit = load_encoder(encoder, image_size, encoder_weights or file.get("encoder_weights"))
     var = statistics["var"]
     mean = statistics.get("mean", torch.zeros_like(var))  # some official files lack it
     rae = RAE(encoder_vit, decoder_vit, mean, var)
@@ -445,7 +444,7 @@ def open_image(path):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception as error:  # Pillow raises half a dozen types for broken files
+    except Exception as error:  # Pillow raises many types for broken files
         raise UsageError(f"{str(path)!r} cannot be read as an image: {error}") from error
 
 
@@ -579,7 +578,7 @@ def get_rank():
 def print0(text):
     """Print on rank 0 only. A closed pipe (`| head`) or a full disk does not end the run."""
     if get_rank() == 0:
-        try:  # bytes of a path that are not UTF-8 print as question marks
+        try:  # a path's bytes that are not UTF-8 print as question marks
             print(str(text).encode(errors="replace").decode(), flush=True)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,7 @@
 With --out NAME, the script writes NAME/000000.png, NAME/000001.png and so on. Then it writes
 NAME.npz, which holds all images as uint8 (num, H, W, 3) for fid.py or ADM's evaluator, and
 NAME.png, a grid of the first 100. To resume, rerun the same command: it skips finished batches.
-If you change settings or model files, choose a new NAME. Image i's noise depends on (seed, i) only.
+If you change settings or model files, choose a new NAME. Image i's noise depends only on (seed, i).
 """
 
 import argparse
@@ -64,7 +64,7 @@ def class_list(text):
 def get_args():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     # model and latents
-    p.add_argument("--ckpt", help="checkpoint of train_diffusion.py, or released:NAME")
+    p.add_argument("--ckpt", help="checkpoint from train_diffusion.py, or released:NAME")
     p.add_argument("--decoder", help="decoder file or released:NAME (default: as in training)")
     p.add_argument("--encoder", help="encoder to use with an official decoder")
     p.add_argument("--encoder-weights", help="local file of the encoder's timm weights")
@@ -117,7 +117,7 @@ def balanced_labels(classes, num):
 
 def load_model(name):
     """Load a checkpoint, an official file or released:NAME. Returns the EMA model, its training
-    settings, and the load_rae arguments for its RAE. For official files, the last two are {}.
+    settings, and the load_rae arguments for its RAE. Official files have neither; both are {}.
     """
     file = load(find_file(name))
     try:
@@ -189,7 +189,7 @@ def claim_folder(folder, settings):
     temporary.mkdir(parents=True)
     (temporary / "settings.json").write_text(json.dumps(settings))
     try:
-        os.rename(temporary, folder)  # atomic: of two runs that start at once, one fails
+        os.rename(temporary, folder)  # atomic; fails for the second of two runs at once
     except OSError:
         shutil.rmtree(temporary)
         path = folder / "settings.json"
@@ -249,7 +249,7 @@ def main():
     if world_size > 1:
         dist.barrier()
 
-    # Sample the missing batches. They don't depend on the number of GPUs.
+    # Sample the missing batches. Batches don't depend on the number of GPUs.
     todo = []
     for batch in rank_batches(args.num, args.batch_size):
         if not all((folder / f"{i:06d}.png").exists() for i in batch):
@@ -271,7 +271,7 @@ def main():
         for i in range(args.num):
             images[i] = Image.open(folder / f"{i:06d}.png")
         np.savez(f"{folder}.npz", arr_0=images)
-        grid = torch.from_numpy(images[:100]).permute(0, 3, 1, 2)  # (at most 100, 3, H, W)
+        grid = torch.from_numpy(images[:100]).permute(0, 3, 1, 2)  # (100 or fewer, 3, H, W)
         save_grid(grid, f"{folder}.png", columns=min(10, args.num))
         print0(f"wrote {folder}.npz and {folder}.png")
 

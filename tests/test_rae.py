@@ -231,15 +231,6 @@ def test_latent_hash(toy):
     assert encoder.latent_hash(mean, var) != toy.latent_hash
 
 
-def test_another_encoder_gets_its_own_weights(toy, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(R, "load_encoder", lambda *args: seen.append(args[2]) or toy.encoder)
-    torch.save(load(R.TOY / "decoder.pt") | {"encoder_weights": "a"}, tmp_path / "mine.pt")
-    for options in ({}, {"encoder": "toy"}, {"encoder_weights": "b"}):
-        R.load_rae(tmp_path / "mine.pt", **options)
-    assert seen == ["a", None, "b"]
-
-
 # ---------------------------------------------------------------------------------------------
 # Files
 
