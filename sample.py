@@ -185,11 +185,12 @@ def save_png(image, path):
 
 def claim_folder(folder, settings):
     """Create the folder with settings.json in it. If it holds files, require equal settings."""
-    temporary = Path(f"{folder}.{os.getpid()}.tmp")
+    target = folder.resolve()  # rename would fail on a link
+    temporary = Path(f"{target}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     (temporary / "settings.json").write_text(json.dumps(settings))
     try:
-        os.rename(temporary, folder)  # atomic; fails for the second of two runs at once
+        os.rename(temporary, target)  # atomic; fails for the second of two runs at once
     except OSError:
         shutil.rmtree(temporary)
         path = folder / "settings.json"

@@ -133,6 +133,10 @@ def test_one_of_many_settings_claims_a_folder(tmp_path):
     winners = [seed for seed, process in enumerate(processes) if process.exitcode == 0]
     assert [json.loads((tmp_path / "s/settings.json").read_text())["seed"]] == winners
     assert os.listdir(tmp_path) == ["s"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    claim_folder(tmp_path / "link", {"seed": 8})
+    assert (tmp_path / "empty/settings.json").exists()
 
 
 def test_many_samples_need_few_open_files(trained):
