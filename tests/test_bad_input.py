@@ -126,7 +126,7 @@ ROWS = [
     (FID, f"images.npz photos {TOY}", "--crop"),
     (FID, f"wide wide {TOY}", "--crop"),
     (FID, f"big.npz statistics.npz {TOY} --crop 64", "big.npz is 64x64"),
-    (FID, f"images.npz other_label.npz {TOY}", "label"),
+    (FID, f"images.npz other_label.npz {TOY}", "other_label.npz is "),
     (FID, f"images.npz adm.npz {TOY}", "adm.npz is inception"),
     (FID, f"statistics.npz {TOY} --save new.npz", "statistics.npz"),
     (FID, "images.npz toy --metrics fid,kid", "--metrics"),

@@ -338,7 +338,7 @@ def exercise_of(function):
 
 
 def put(function, old, new):
-    """Put the edited function into its module, in place of ours."""
+    """Swap the edited function into its module."""
     _, file = exercise_of(function)
     source = (ROOT / file).read_text()
     text = textwrap.dedent(lines_of(source, function))
